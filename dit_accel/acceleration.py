@@ -1,0 +1,242 @@
+"""The front door: ``accelerate(pipe, attention="radial")`` and what it returns."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .clock import StepClock, StepState
+from .controls import AttentionControl
+from .families import UnknownModelError, is_known
+from .install import BlockHook, RootInstallation
+from .layout import TokenLayout
+from .processors.base import SparseAttnProcessor
+from .report import Report, SiteReport
+
+if TYPE_CHECKING:
+    from .install import Site
+    from .kernels.sparse_plan import SparsePlan
+
+_HANDLE = "_dit_accel_acceleration"
+_PLANS_KEPT = 4  # token layouts whose plans stay in memory
+
+
+class Acceleration:
+    """What :func:`accelerate` returns; also a context manager that removes itself at the end.
+
+    Attributes:
+        processor: the attention recipe, or None.
+        clock: the step clock of the pipeline; see :meth:`dit_accel.clock.StepClock.set_step` for loops of one's own.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        processor: SparseAttnProcessor | None,
+        controls: Sequence[AttentionControl] = (),
+        block_hooks: Sequence[BlockHook] = (),
+    ) -> None:
+        roots = find_roots(target)
+        taken = [name for name, root in roots.items() if _HANDLE in vars(root)]
+        if taken:
+            raise ValueError(
+                f"{', '.join(taken)} is accelerated already; call dit_accel.acceleration_of(...).remove() first"
+            )
+        self.processor = processor
+        self.clock = StepClock(None if isinstance(target, nn.Module) else target)
+        self._plans: dict[tuple[TokenLayout, torch.device], SparsePlan] = {}
+        self._tally: dict[Site, SiteReport] = {}
+        self._fallbacks: dict[str, str] = {}
+        self._steps: tuple[int, set[int]] = (-1, set())
+        self._backend: tuple[str, str] | None = None
+        self._installed: list[RootInstallation] = []
+        try:
+            for expert, root in roots.items():
+                self._install(root, expert, tuple(controls), tuple(block_hooks))
+        except BaseException:
+            self.remove()
+            raise
+
+    def report(self) -> Report:
+        """What has happened since installation, or since the report was last reset by :meth:`reset_report`."""
+        for installed in self._installed:
+            for path in installed.replaced():
+                self._fallbacks[f"{installed.expert}:{path}"] = "another attention processor was put here since"
+        plans = list(self._plans.values())
+        return Report(
+            method=repr(self.processor) if self.processor else None,
+            backend=self._backend[0] if self._backend else None,
+            backend_reason=self._backend[1] if self._backend else "",
+            plan_density=sum(plan.stats.density for plan in plans) / len(plans) if plans else None,
+            steps=len(self._steps[1]),
+            sites=[replace(tally) for tally in self._tally.values()],
+            fallbacks=dict(self._fallbacks),
+        )
+
+    def reset_report(self) -> None:
+        """Starts counting anew."""
+        for tally in self._tally.values():
+            tally.sparse_calls, tally.dense_calls, tally.kept = 0, 0, 0.0
+        self._fallbacks.clear()
+
+    def remove(self) -> None:
+        """Takes everything off the pipeline; its output is then bit-equal to before. Safe to call twice."""
+        for installed in reversed(self._installed):
+            installed.remove()
+            vars(installed.root).pop(_HANDLE, None)
+        self._installed.clear()
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _install(
+        self, root: nn.Module, expert: str, controls: tuple[AttentionControl, ...], hooks: tuple[BlockHook, ...]
+    ) -> None:
+        installed = RootInstallation(root, expert, self.clock, controls, hooks, self._before, self._after)
+        self._installed.append(installed)
+        object.__setattr__(root, _HANDLE, self)
+        if self.processor is not None:
+            for site in installed.sites.values():
+                if site.info.kind in self.processor.kinds:
+                    site.backend = self.processor.backend
+                    self._tally[site] = SiteReport(f"{expert}:{site.info.path}", site.info.kind)
+
+    def _before(self, installed: RootInstallation, state: StepState) -> None:
+        """Decides for every site what its next call does; runs before each root call, outside compiled code."""
+        if self._steps[0] != state.generation:
+            self._steps = (state.generation, set())
+        self._steps[1].add(state.step)
+        device = next(installed.root.parameters()).device
+        for site in installed.sites.values():
+            sparse = self.processor is not None and self.processor.is_sparse(site.info, state)
+            site.prepare(state, self._plan(state.layout, device) if sparse else None)
+            if sparse and self._backend is None:
+                self._backend = self._choose_backend(installed, site)
+
+    def _choose_backend(self, installed: RootInstallation, site: Site) -> tuple[str, str]:
+        from .kernels.attend import choose_backend
+
+        assert self.processor is not None and site.plan is not None
+        if self.processor.backend != "auto":
+            return self.processor.backend, "chosen by name"
+        module = next(module for module, known in installed.sites.items() if known is site)
+        weight = next(module.parameters())
+        chosen = choose_backend(weight.device.type, weight.dtype, module.inner_dim // module.heads, site.plan)
+        return chosen.backend, chosen.reason
+
+    def _after(self, installed: RootInstallation) -> None:
+        for site in installed.sites.values():
+            tally = self._tally.get(site)
+            if tally is not None:
+                self._count(site, tally)
+            site.rest()
+
+    def _count(self, site: Site, tally: SiteReport) -> None:
+        if site.plan is None or site.refusal is not None:
+            tally.dense_calls += 1
+            tally.kept += 1.0
+        else:
+            tally.sparse_calls += 1
+            tally.kept += site.plan.stats.density
+        if site.refusal is not None:
+            if tally.path not in self._fallbacks:
+                warnings.warn(f"dit_accel: {tally.path} runs dense: {site.refusal}", stacklevel=2)
+            self._fallbacks[tally.path] = site.refusal
+            site.refusal = None
+
+    def _plan(self, layout: TokenLayout, device: torch.device) -> SparsePlan:
+        assert self.processor is not None
+        key = (layout, device)
+        if key not in self._plans:
+            while len(self._plans) >= _PLANS_KEPT:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = self.processor.build_plan(layout, device)
+        return self._plans[key]
+
+
+def accelerate(
+    target: Any,
+    attention: str | SparseAttnProcessor | None = None,
+    *,
+    controls: Sequence[AttentionControl] = (),
+    block_hooks: Sequence[BlockHook] = (),
+    **settings: Any,
+) -> Acceleration:
+    """Accelerates a pipeline or a bare transformer in place.
+
+    Args:
+        target: a diffusers pipeline, or its transformer or UNet.
+        attention: a method's name such as ``"radial"``, one of :mod:`dit_accel.processors`, or None to leave attention as
+            it is (with controls or hooks alone).
+        controls: attention controls, in the order in which they act.
+        block_hooks: hooks around every transformer block, outermost first.
+        **settings: settings of the method, when given by name.
+
+    Returns:
+        a handle with ``report()`` and ``remove()``; also a context manager.
+
+    Raises:
+        UnknownModelError: if the model is of no registered family.
+        ValueError: for bad settings, a target accelerated already, or one that is compiled already.
+    """
+    from .processors import processor_by_name
+
+    if isinstance(attention, str):
+        attention = processor_by_name(attention, **settings)
+    elif settings:
+        raise ValueError(f"settings {sorted(settings)} belong to a method given by name; give them to the processor")
+    if attention is not None and not is_ours(attention):
+        raise ValueError(f"attention is a method's name or a dit_accel processor; got {type(attention).__name__}")
+    return Acceleration(target, attention, controls, block_hooks)
+
+
+def is_ours(processor: object) -> bool:
+    """Whether an object is one of our recipes."""
+    return isinstance(processor, SparseAttnProcessor)
+
+
+def acceleration_of(target: Any) -> Acceleration | None:
+    """The acceleration installed on a pipeline or model, or None."""
+    roots = find_roots(target).values() if not isinstance(target, nn.Module) else [target]
+    return next((vars(root)[_HANDLE] for root in roots if _HANDLE in vars(root)), None)
+
+
+def replace_processor(target: Any, processor: Any) -> None:
+    """What ``set_attn_processor`` does on pipelines, and on models for our processors: the new one replaces ours."""
+    current = acceleration_of(target)
+    if current is not None:
+        current.remove()
+    if is_ours(processor):
+        Acceleration(target, processor)
+        return
+    for root in find_roots(target).values():
+        root.set_attn_processor(dict(processor) if isinstance(processor, dict) else processor)
+
+
+def find_roots(target: Any) -> dict[str, nn.Module]:
+    """The transformers or UNets of a pipeline by attribute name, or the model itself as ``"model"``.
+
+    Raises:
+        UnknownModelError: if there is none of a registered family.
+    """
+    candidates = {"model": target} if isinstance(target, nn.Module) else dict(getattr(target, "components", {}))
+    for name, module in candidates.items():
+        if hasattr(module, "_orig_mod"):
+            raise ValueError(f"{name} is compiled already; accelerate it first, then call its compile()")
+    roots = {name: module for name, module in candidates.items() if isinstance(module, nn.Module) and is_known(module)}
+    if not roots:
+        from .families import family_of
+
+        models = [candidates[name] for name in ("transformer", "unet", "model") if candidates.get(name) is not None]
+        if models:
+            family_of(models[0])
+        raise UnknownModelError(f"{type(target).__name__} is neither a diffusers pipeline nor a model dit_accel knows")
+    return roots

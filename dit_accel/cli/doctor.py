@@ -1,0 +1,117 @@
+"""``dit-accel doctor``: what is installed, what works on this machine, and why the rest does not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .errors import EnvironmentProblem, one_line
+from .versions import installed, versions
+
+NAME = "doctor"
+SUMMARY = "show versions, devices, extras, attention backends and shipped models"
+NEEDED = ("torch", "diffusers", "transformers", "av")
+EXTRAS = {"triton": ("triton",), "ui": ("gradio",), "xformers": ("xformers",)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """This command has no options of its own."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the findings; exit code 3 if something essential is missing."""
+    findings = examine()
+    if options.json:
+        print(json.dumps(findings, allow_nan=False))
+    else:
+        _print_findings(findings)
+    return 0 if findings["healthy"] else EnvironmentProblem.exit_code
+
+
+def examine() -> dict[str, Any]:
+    """Collects all findings as plain data."""
+    missing = [name for name in NEEDED if installed(name) is None]
+    findings: dict[str, Any] = {
+        "versions": {**versions(), "av": installed("av")},
+        "missing": missing,
+        "extras": {extra: all(map(installed, names)) for extra, names in EXTRAS.items()},
+        "models": {"shapes-wan": _shipped_model("shapes-wan")},
+        "devices": [],
+        "backends": [],
+    }
+    if "torch" not in missing:
+        findings["devices"] = _devices()
+        findings["backends"] = [row for kind in _kinds() for row in _backends(kind)]
+    works = any(row["ok"] for row in findings["backends"])
+    findings["healthy"] = not missing and works and findings["models"]["shapes-wan"]["ok"]
+    return findings
+
+
+def _shipped_model(name: str) -> dict[str, Any]:
+    try:
+        from dit_accel import shapes
+
+        return {"ok": True, "detail": str(shapes.path(name))}
+    except (FileNotFoundError, ImportError) as error:
+        return {"ok": False, "detail": one_line(error)}
+
+
+def _kinds() -> list[str]:
+    import torch
+
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _devices() -> list[str]:
+    import torch
+
+    found = [f"cpu ({torch.get_num_threads()} threads)"]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        capability = f"{facts.major}.{facts.minor}"
+        found.append(f"cuda:{index} ({facts.name}, {facts.total_memory / 2**30:.0f} GiB, capability {capability})")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def _backends(kind: str) -> list[dict[str, Any]]:
+    """Asks every backend about a small case, and runs those that accept it against the plain reference."""
+    import torch
+
+    from dit_accel.kernels.attend import attend, explain
+    from dit_accel.plan.radial import radial_plan
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 240, 64, generator=generator).to(kind) for _ in range(3))
+    plan = radial_plan((5, 6, 8), block=64, device=kind)
+    expected = attend(q, k, v, plan, backend="reference")
+    rows = []
+    for support in explain(q, k, v, plan):
+        row = {"device": kind, "backend": support.backend, "ok": support.ok, "detail": support.reason}
+        if support.ok:
+            row |= _try_backend(lambda name=support.backend: attend(q, k, v, plan, backend=name), expected)
+        rows.append(row)
+    return rows
+
+
+def _try_backend(call: Any, expected: Any) -> dict[str, Any]:
+    try:
+        error = (call() - expected).abs().max().item()
+    except Exception as failure:  # a diagnosis must survive whatever a backend does
+        return {"ok": False, "detail": f"{type(failure).__name__}: {one_line(failure)}"}
+    return {"ok": error < 1e-2, "detail": f"largest difference from the reference {error:.1e}"}
+
+
+def _print_findings(findings: dict[str, Any]) -> None:
+    for name, version in findings["versions"].items():
+        print(f"{name:<14} {version or 'not installed: pip install ' + name}")
+    print("\n".join(f"{'device':<14} {device}" for device in findings["devices"]))
+    for extra, present in findings["extras"].items():
+        state = "installed" if present else f'not installed: pip install "dit-accel[{extra}]"'
+        print(f"{'extra ' + extra:<14} {state}")
+    for row in findings["backends"]:
+        print(f"{row['device'] + ' ' + row['backend']:<14} {'works' if row['ok'] else 'unusable'}: {row['detail']}")
+    for name, model in findings["models"].items():
+        print(f"{name:<14} {'present' if model['ok'] else 'missing'}: {model['detail']}")

@@ -1,0 +1,122 @@
+"""What one render command runs: one video, or dense and accelerated from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_accel.metrics import describe_noise_floor, psnr, ssim
+
+from .errors import UsageError, one_line
+from .plain import plain
+from .sampling import Run, sample, warm_up
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dit_accel import Acceleration
+
+    from .pipelines import Loaded
+    from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one command rendered.
+
+    Attributes:
+        load_s: seconds the model took to load.
+        main: the run that was asked for.
+        acceleration: the report of what the method did; None if dense.
+        dense: the dense run that ``main`` was compared with, if it was.
+        comparison: what the comparison found.
+    """
+
+    load_s: float
+    main: Run
+    acceleration: dict[str, Any] | None
+    dense: Run | None = None
+    comparison: dict[str, Any] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Timings and measurements, as they are written to files."""
+        record = {"timings": {"load_s": self.load_s, **self.main.timings()}, "acceleration": self.acceleration}
+        return record if self.comparison is None else {**record, "comparison": self.comparison}
+
+
+def render_job(loaded: Loaded, settings: Settings) -> Job:
+    """Renders what the settings ask for.
+
+    Raises:
+        UsageError: if the pipeline or the acceleration refuses the settings.
+        EnvironmentProblem: if memory does not suffice.
+    """
+    with _threads(settings.threads):
+        if settings.compare:
+            return _compare(loaded, settings)
+        return Job(loaded.load_s, *_sample_as_asked(loaded.pipe, settings))
+
+
+def _sample_as_asked(pipe: DiffusionPipeline, settings: Settings) -> tuple[Run, dict[str, Any] | None]:
+    """One run with the method asked for, and the report of what it did."""
+    if settings.attention == "dense":
+        return sample(pipe, settings, "dense"), None
+    with _accelerated(pipe, settings) as handle:
+        run = sample(pipe, settings, settings.attention)
+        report = handle.report()
+    return run, plain({**report.to_dict(), "summary": report.summary()})
+
+
+def _compare(loaded: Loaded, settings: Settings) -> Job:
+    """Dense, accelerated, dense again: the repetition gives the noise floor, and cancels a drift in speed."""
+    pipe = loaded.pipe
+    warm_up(pipe, settings, decode=True)
+    with _accelerated(pipe, settings, dense_steps=0):
+        warm_up(pipe, settings, decode=False)
+    dense = sample(pipe, settings, "dense")
+    run, acceleration = _sample_as_asked(pipe, settings)
+    again = sample(pipe, settings, "dense again")
+    return Job(loaded.load_s, run, acceleration, dense, plain(_measure(run, dense, again)))
+
+
+def _measure(run: Run, dense: Run, again: Run) -> dict[str, Any]:
+    """Compares a run with the mean time of two dense ones, and with the video of the first."""
+    floor = psnr(again.frames, dense.frames)
+    seconds = {name: (value + again.timings()[name]) / 2 for name, value in dense.timings().items()}
+    images, reference = (frames.permute(0, 3, 1, 2) for frames in (run.frames, dense.frames))
+    return {
+        "psnr_db": psnr(images, reference),
+        "ssim": ssim(images, reference),
+        "noise_floor_psnr_db": floor,
+        "noise_floor": describe_noise_floor(floor),
+        "sampling_ratio": seconds["sampling_s"] / run.sampling_s,
+        "total_ratio": seconds["total_s"] / run.total_s,
+        "dense_timings": [dense.timings(), again.timings()],
+    }
+
+
+@contextmanager
+def _accelerated(pipe: DiffusionPipeline, settings: Settings, **changes: Any) -> Iterator[Acceleration]:
+    from dit_accel import accelerate
+
+    try:
+        handle = accelerate(pipe, attention=settings.attention, **{**settings.radial, **changes})
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(f"{one_line(error)} (--attention dense renders without it)") from error
+    with handle:
+        yield handle
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,103 @@
+"""The files of one rendering: the videos, and the record beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_accel.files import check_writable, staged
+
+from .errors import EnvironmentProblem, UsageError, one_line
+from .plain import plain
+from .versions import versions
+
+if TYPE_CHECKING:
+    from .jobs import Job
+    from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where each output goes; the last two only when dense is rendered too."""
+
+    video: Path
+    record: Path
+    dense: Path | None = None
+    side_by_side: Path | None = None
+
+    @classmethod
+    def beside(cls, output: Path, compare: bool) -> Targets:
+        """Derives all names from that of the video.
+
+        Raises:
+            UsageError: if it does not end in ``.mp4``.
+        """
+        output = output.expanduser()
+        if output.suffix.lower() != ".mp4":
+            raise UsageError(f"the output must end in .mp4, got '{output}'")
+        extra = (output.with_suffix(".dense.mp4"), output.with_suffix(".compare.mp4")) if compare else ()
+        return cls(output, output.with_suffix(".json"), *extra)
+
+    def all(self) -> list[Path]:
+        """Every file that will be written."""
+        return [path for path in (self.video, self.record, self.dense, self.side_by_side) if path is not None]
+
+    def check(self, force: bool) -> None:
+        """Makes sure now that everything can be written later.
+
+        Raises:
+            UsageError: if a file exists and ``force`` is off, or a place is not writable.
+        """
+        for path in self.all():
+            if path.is_dir():
+                raise UsageError(f"'{path}' is a folder; give the name of a file to write")
+            if os.path.lexists(path) and not force:
+                raise UsageError(f"'{path}' exists; choose another name, or replace it with --force")
+            if not path.parent.is_dir():
+                raise UsageError(f"the folder '{path.parent}' does not exist; create it first")
+            try:
+                check_writable(path)
+            except OSError as error:
+                reason = error.strerror or one_line(error)
+                raise UsageError(f"cannot write '{path}': {reason}; choose another place") from error
+
+
+def write_outputs(targets: Targets, settings: Settings, job: Job) -> dict[str, Any]:
+    """Writes all files, or none.
+
+    Returns:
+        The record, as in the file beside the video.
+
+    Raises:
+        EnvironmentProblem: if the files cannot be written after all.
+    """
+    files = [str(path) for path in targets.all()]
+    record: dict[str, Any] = plain({**_common(settings, job), **job.record(), "files": files})
+    try:
+        _write(targets, settings, job, record)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write the output: {one_line(error)}") from error
+    return record
+
+
+def _write(targets: Targets, settings: Settings, job: Job, record: dict[str, Any]) -> None:
+    from dit_accel.video import encode_video, side_by_side
+
+    common = plain(_common(settings, job))
+    with staged(*targets.all()) as (video, sidecar, *extra):
+        encode_video(video, job.main.frames, settings.fps, common)
+        sidecar.write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        if extra and job.dense is not None:
+            labels = ("dense", settings.attention)
+            encode_video(extra[0], job.dense.frames, settings.fps, {**common, "attention": {"method": "dense"}})
+            encode_video(extra[1], side_by_side(job.dense.frames, job.main.frames, labels), settings.fps, common)
+
+
+def _common(settings: Settings, job: Job) -> dict[str, Any]:
+    """What identifies a rendering: enough to make it again."""
+    frames, height, width, _ = job.main.frames.shape
+    size = {"frames": frames, "height": height, "width": width}
+    return {**settings.record(), **size, "versions": versions()}

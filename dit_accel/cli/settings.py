@@ -1,0 +1,179 @@
+"""What a rendering will be, with every default filled in and checked before the model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import secrets
+from dataclasses import dataclass, fields
+from importlib import resources
+from typing import Any
+
+from .errors import EnvironmentProblem, UsageError, one_line
+from .models import Model, check_multiple
+
+ARGUMENTS = {
+    "frames": "num_frames",
+    "height": "height",
+    "width": "width",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "negative_prompt": "negative_prompt",
+}
+RADIAL_OPTIONS = ("decay", "block", "rule", "mask", "dense_steps", "dense_layers")
+FPS = {"Wan": 16, "HunyuanVideo": 24, "LTX": 24, "CogVideoX": 8, "Mochi": 30}  # what their authors play them at
+OTHER_FPS = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One rendering. None means that the pipeline has no such argument, or decides itself.
+
+    Attributes:
+        attention: ``"radial"`` or ``"dense"``.
+        radial: all options of the method; empty if dense.
+        compare: whether to render dense too.
+        fps: frames per second of the file.
+        device: such as ``"cpu"`` or ``"cuda:0"``.
+        dtype: such as ``"float32"``.
+        threads: CPU threads, or None for torch's default.
+    """
+
+    prompt: str
+    negative_prompt: str | None
+    model: str
+    pipeline: str
+    attention: str
+    radial: dict[str, Any]
+    compare: bool
+    steps: int | None
+    seed: int
+    frames: int | None
+    height: int | None
+    width: int | None
+    guidance: float | None
+    fps: float
+    dtype: str
+    device: str
+    threads: int | None
+
+    def call_arguments(self) -> dict[str, Any]:
+        """The arguments for the pipeline's call, without the seed."""
+        given = {argument: getattr(self, name) for name, argument in ARGUMENTS.items()}
+        return {"prompt": self.prompt, **{name: value for name, value in given.items() if value is not None}}
+
+    def record(self) -> dict[str, Any]:
+        """All settings, as they are written to files."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        settings["attention"] = {"method": self.attention, **settings.pop("radial")}
+        return settings
+
+
+def resolve(options: argparse.Namespace, model: Model) -> Settings:
+    """Fills in every default and checks what can be checked without the model's weights.
+
+    Raises:
+        UsageError: if an option does not fit the model, or does not fit another option.
+        EnvironmentProblem: if the device is not there.
+    """
+    defaults = shapes_defaults() if model.shipped else {}
+    sampling = {name: _sampling_value(name, options, defaults, model) for name in ARGUMENTS}
+    if model.shipped:
+        _check_shapes_language(options.prompt, sampling["negative_prompt"])
+    check_multiple("frames", sampling["frames"], model.frame_step, offset=1)
+    check_multiple("height", sampling["height"], model.height_step)
+    check_multiple("width", sampling["width"], model.width_step)
+    device = _device(options.device)
+    return Settings(
+        prompt=options.prompt,
+        model=options.model,
+        pipeline=model.pipeline.__name__,
+        attention=options.attention,
+        radial=_radial(options, defaults, model),
+        compare=options.compare,
+        seed=secrets.randbelow(2**32) if options.seed is None else options.seed,
+        fps=options.fps or defaults.get("fps") or _usual_fps(model.pipeline.__name__),
+        dtype=options.dtype or ("float32" if device == "cpu" else "bfloat16"),
+        device=device,
+        threads=options.threads,
+        **sampling,
+    )
+
+
+def shapes_defaults() -> dict[str, Any]:
+    """The defaults of the shipped model."""
+    text = (resources.files("dit_accel.shapes") / "defaults.json").read_text(encoding="utf-8")
+    defaults: dict[str, Any] = json.loads(text)
+    return defaults
+
+
+def _sampling_value(name: str, options: argparse.Namespace, defaults: dict[str, Any], model: Model) -> Any:
+    given = getattr(options, name)
+    parameter = model.parameters.get(ARGUMENTS[name])
+    if parameter is None:
+        if given is not None:
+            flag = name.replace("_", "-")
+            raise UsageError(f"{model.pipeline.__name__} takes no --{flag}; leave it out")
+        return None
+    if given is not None:
+        return given
+    own = None if parameter.default is inspect.Parameter.empty else parameter.default
+    return defaults.get(name, own)
+
+
+def _check_shapes_language(prompt: str, negative_prompt: str | None) -> None:
+    """The shipped model knows one sentence and few words; anything else would give a video of nothing."""
+    from dit_accel.shapes.recipe import vocabulary
+    from dit_accel.shapes.world import parse_prompt
+
+    try:
+        parse_prompt(prompt)
+    except ValueError as error:
+        raise UsageError(one_line(error)) from error
+    unknown = [word for word in (negative_prompt or "").lower().split() if word not in vocabulary()]
+    if unknown:
+        words = ", ".join(word for word in vocabulary() if "<" not in word)
+        raise UsageError(f"--negative-prompt: shapes-wan does not know {unknown[0]!r}; it knows {words}")
+
+
+def _radial(options: argparse.Namespace, defaults: dict[str, Any], model: Model) -> dict[str, Any]:
+    given = {name: getattr(options, name) for name in RADIAL_OPTIONS if getattr(options, name) is not None}
+    if options.attention == "dense":
+        if options.compare:
+            raise UsageError("--compare renders dense anyway; leave out --attention dense")
+        if given:
+            flag = next(iter(given)).replace("_", "-")
+            raise UsageError(f"--{flag} does nothing with --attention dense; leave it out")
+        return {}
+    from dit_accel.families import family_of
+    from dit_accel.processors import processor_by_name
+
+    chosen = {name: defaults[name] for name in RADIAL_OPTIONS if name in defaults} | given
+    try:
+        for root in model.roots.values():
+            family_of(object.__new__(root))  # only its class is looked at, so an empty object will do
+        return processor_by_name(options.attention, **chosen).settings()
+    except ValueError as error:
+        raise UsageError(f"{one_line(error)} (--attention dense renders without it)") from error
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name is None:
+        return "cuda" if cuda else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}; give cpu, cuda, cuda:1 or mps") from error
+    present = {"cpu": True, "cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps}
+    if not present.get(device.type, False):
+        usable = ", ".join(kind for kind, there in {"cpu": True, "cuda": cuda, "mps": mps}.items() if there)
+        raise EnvironmentProblem(f"there is no device {name!r} that torch can use here; usable: {usable}")
+    return name
+
+
+def _usual_fps(pipeline: str) -> float:
+    return next((fps for prefix, fps in FPS.items() if pipeline.startswith(prefix)), OTHER_FPS)

@@ -1,0 +1,74 @@
+"""``dit-accel simulate``: how sparse a plan is and what that should save, without running a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .errors import UsageError, one_line
+from .plain import plain
+from .values import grid, real, whole
+
+NAME = "simulate"
+SUMMARY = "compute the exact density and the predicted speed-up of a sparse plan"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of this command."""
+    parser.add_argument("--method", choices=["radial"], default="radial", help="which plan (default: radial)")
+    parser.add_argument("--grid", type=grid, required=True, metavar="FxHxW", help="video tokens, such as 18x48x80")
+    parser.add_argument("--block", type=whole(1), default=128, help="tokens per block (default: 128)")
+    parser.add_argument("--decay", type=real(0, above=True), default=0.2, help="decay factor (default: 0.2)")
+    parser.add_argument("--rule", choices=["authors", "paper"], default="authors", help="(default: authors)")
+    parser.add_argument("--mask", choices=["block", "element"], default="block", help="(default: block)")
+    parser.add_argument("--text", type=whole(0), default=0, help="text tokens after the video (default: 0)")
+    parser.add_argument("--no-sink", action="store_true", help="do not keep the first frame for every query")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the prediction; see :func:`predict`."""
+    prediction = predict(options)
+    if options.json:
+        print(json.dumps(prediction, allow_nan=False))
+        return 0
+    rows = {**prediction, **prediction["assumptions"]}
+    del rows["assumptions"]
+    for name, value in rows.items():
+        print(f"{name.replace('_', ' '):<20} {f'{value:.4f}' if isinstance(value, float) else value}")
+    return 0
+
+
+def predict(options: argparse.Namespace) -> dict[str, Any]:
+    """Builds the plan and asks the model of its cost.
+
+    Raises:
+        UsageError: if the plan refuses the options.
+    """
+    from dit_accel.plan import simulate
+    from dit_accel.plan.radial import radial_plan
+
+    settings = {
+        "block": options.block,
+        "decay": options.decay,
+        "rule": options.rule,
+        "sink": not options.no_sink,
+        "text_tokens": options.text,
+        "mask": options.mask,
+    }
+    try:
+        plan = radial_plan(options.grid, **settings)
+    except ValueError as error:
+        raise UsageError(one_line(error)) from error
+    prediction: dict[str, Any] = plain(
+        {
+            "method": options.method,
+            "grid": "x".join(map(str, options.grid)),
+            "tokens": plan.q_len,
+            **settings,
+            "density": plan.stats.density,
+            "predicted_speedup": simulate.predicted_speedup(plan),
+            "assumptions": simulate.assumptions(),
+        }
+    )
+    return prediction

@@ -1,0 +1,172 @@
+"""Which step of which generation is running, on which branch of guidance: one clock per pipeline.
+
+A call of the root model never says which sampling step it belongs to, so the clock puts it together from what is there,
+in this order of trust: an explicit :meth:`StepClock.set_step`, the context diffusers gives (``cache_context``), the
+pipeline's scheduler, the ``timestep`` argument. It never counts calls to guess parity.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class StepState:
+    """One call of a root model.
+
+    Attributes:
+        generation: counts generations since installation, from 0.
+        step: index of the sampling step within the generation, from 0.
+        steps: number of sampling steps, or None where nobody says (a bare transformer without a scheduler).
+        branch: ``"cond"``, ``"uncond"`` and the like where the pipeline names it, else ``"call0"``, ``"call1"`` ... in
+            the order of calls within the step. A batched guidance call is one branch.
+        expert: attribute name of the root in its pipeline, such as ``"transformer_2"``.
+        ordinal: root calls in this generation so far.
+        layout: where the tokens are.
+        timestep: the ``timestep`` argument as given; reading its value waits for the device.
+    """
+
+    generation: int
+    step: int
+    steps: int | None
+    branch: str
+    expert: str
+    ordinal: int
+    layout: TokenLayout
+    timestep: torch.Tensor | None
+
+
+@dataclass
+class _Context:
+    """What ``cache_context`` said about the calls inside it."""
+
+    name: str | None = None
+    step: int | None = None
+    steps: int | None = None
+
+
+class StepClock:
+    """Turns root calls into :class:`StepState`; resets itself at the start of each generation.
+
+    Args:
+        pipeline: the pipeline whose scheduler may be read; None for a bare model. Only a weak reference is kept.
+    """
+
+    def __init__(self, pipeline: Any | None = None) -> None:
+        self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
+        self._contexts: list[_Context] = []
+        self._explicit = _Context()
+        self._generation = -1
+        self._schedule: torch.Tensor | None = None
+        self._indices: torch.Tensor | None = None
+        self._restart()
+        self.state: StepState | None = None
+
+    def set_step(self, step: int | None, steps: int | None = None, branch: str | None = None) -> None:
+        """Says outright which step comes next, for sampling loops of one's own; ``set_step(None)`` takes it back."""
+        if step is not None and step < 0:
+            raise ValueError(f"a step index counts from 0; got {step}")
+        self._explicit = _Context(branch, step, steps)
+
+    def reset(self) -> None:
+        """Makes the next call the first of a new generation; for loops that repeat the same schedule."""
+        self._last_step = None
+        self._schedule = None
+
+    def push_context(self, name: str | None, step: int | None = None, steps: int | None = None) -> None:
+        """Enters a named context of diffusers (see :meth:`pop_context`)."""
+        self._contexts.append(_Context(name, step, steps))
+
+    def pop_context(self) -> None:
+        """Leaves the innermost context."""
+        self._contexts.pop()
+
+    def tick(self, expert: str, layout: TokenLayout, arguments: Mapping[str, Any]) -> StepState:
+        """Registers one call of a root model and says where in the generation it stands."""
+        context = self._contexts[-1] if self._contexts else _Context()
+        timestep = arguments.get("timestep")
+        if self._is_new_generation(context, timestep, layout):
+            self._restart()
+        step, steps = self._locate(context, timestep)
+        if step != self._last_step:
+            self._seen = []
+        branch = self._explicit.name or context.name or f"call{len(self._seen)}"
+        self.state = StepState(self._generation, step, steps, branch, expert, self._ordinal, layout, timestep)
+        self._last_step, self._last_timestep, self._last_layout = step, timestep, layout
+        self._seen.append(branch)
+        self._ordinal += 1
+        return self.state
+
+    def _restart(self) -> None:
+        self._generation += 1
+        self._last_step: int | None = None
+        self._last_timestep: torch.Tensor | None = None
+        self._last_layout: TokenLayout | None = None
+        self._ordinal = 0
+        self._seen: list[str] = []
+
+    def _scheduler(self) -> Any | None:
+        pipeline = self._pipeline() if self._pipeline is not None else None
+        return getattr(pipeline, "scheduler", None)
+
+    def _is_new_generation(self, context: _Context, timestep: torch.Tensor | None, layout: TokenLayout) -> bool:
+        if self._last_step is None:
+            self._note_schedule()
+            return self._ordinal > 0
+        if layout != self._last_layout and not self._contexts:
+            return True
+        if self._note_schedule():
+            return True
+        said = self._explicit.step if self._explicit.step is not None else context.step
+        if said is not None:
+            return said < self._last_step or (said == self._last_step and context.name in self._seen)
+        if self._schedule is not None:
+            return False
+        return _value(timestep) > _value(self._last_timestep)
+
+    def _note_schedule(self) -> bool:
+        """Whether the scheduler was given a new list of timesteps: ``set_timesteps`` always makes a new tensor."""
+        timesteps = getattr(self._scheduler(), "timesteps", None)
+        if timesteps is None or timesteps is self._schedule:
+            return False
+        self._schedule = timesteps
+        self._indices = None
+        return True
+
+    def _locate(self, context: _Context, timestep: torch.Tensor | None) -> tuple[int, int | None]:
+        count = len(self._schedule) if self._schedule is not None else None
+        for source in (self._explicit, context):
+            if source.step is not None:
+                return source.step, source.steps or count
+        if self._schedule is not None:
+            return self._index_in_schedule(timestep), count
+        if self._last_step is None:
+            return 0, None
+        return self._last_step + (_value(timestep) != _value(self._last_timestep)), None
+
+    def _index_in_schedule(self, timestep: torch.Tensor | None) -> int:
+        """The scheduler's own counter where it keeps one, else the place of the timestep in its list."""
+        scheduler = self._scheduler()
+        if hasattr(scheduler, "step_index"):
+            index = scheduler.step_index
+            return int(index if index is not None else getattr(scheduler, "begin_index", None) or 0)
+        if self._indices is None:
+            self._indices = self._schedule.detach().float().cpu()
+        return int((self._indices - _value(timestep)).abs().argmin())
+
+
+def _value(timestep: torch.Tensor | float | None) -> float:
+    """A timestep as a number; one per token (Wan 2.2 5B) counts as the largest of them."""
+    if timestep is None:
+        raise ValueError(
+            "the model was called without a timestep, so its sampling step cannot be told; "
+            "call clock.set_step(step, steps) before it"
+        )
+    return float(torch.as_tensor(timestep).max())

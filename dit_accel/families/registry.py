@@ -1,0 +1,65 @@
+"""What we know about a model: a dozen lines of facts per root class, and no code of the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..layout import TokenLayout
+
+
+class UnknownModelError(ValueError):
+    """The root class of a model is not registered."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The facts about one root class.
+
+    Attributes:
+        root_class: name of the transformer or UNet class; subclasses match too.
+        layout: reads the token layout from the root module and its bound forward arguments.
+        site_kind: tells from its path and module what an attention module is: ``"self"``, ``"cross"``, ``"joint"`` or
+            ``"temporal"``; None for modules that must stay stock (text refiners, audio).
+        block_lists: attribute names of the module lists whose members are the blocks, in execution order.
+        pipeline_roots: attribute names under which a pipeline holds roots of this class.
+    """
+
+    root_class: str
+    layout: Callable[[nn.Module, Mapping[str, Any]], TokenLayout]
+    site_kind: Callable[[str, nn.Module], str | None]
+    block_lists: tuple[str, ...]
+    pipeline_roots: tuple[str, ...] = ("transformer", "transformer_2")
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> Family:
+    """Makes a model known; a later registration of the same class replaces the earlier one."""
+    _FAMILIES[family.root_class] = family
+    return family
+
+
+def family_of(root: nn.Module) -> Family:
+    """The facts about a root module.
+
+    Raises:
+        UnknownModelError: if neither its class nor a base class is registered; the message shows how to add one.
+    """
+    for base in type(root).__mro__:
+        if base.__name__ in _FAMILIES:
+            return _FAMILIES[base.__name__]
+    raise UnknownModelError(
+        f"{type(root).__name__} is not a model dit_accel knows; known: {', '.join(sorted(_FAMILIES))}. "
+        f"Describe it with dit_accel.families.register_family(Family(root_class={type(root).__name__!r}, layout=..., "
+        "site_kind=..., block_lists=...)); CONTRIBUTING.md shows an example."
+    )
+
+
+def is_known(root: object) -> bool:
+    """Whether the class of an object, or one of its bases, is registered."""
+    return any(base.__name__ in _FAMILIES for base in type(root).__mro__)

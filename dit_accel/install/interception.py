@@ -1,0 +1,139 @@
+"""The attend seam: the stock processor runs, and only its attention function is ours.
+
+A stock processor reaches attention through one of two global names of its module, ``dispatch_attention_fn`` (tokens
+before heads) or ``F.scaled_dot_product_attention`` (heads before tokens). We run the stock code with its own copy of those
+globals, in which both names lead to a :class:`Site`. No projection, norm or rotary code is copied.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from .site import Site
+
+
+class BoundProcessor:
+    """Stands at one attention module in place of its stock processor, and runs that processor's own code.
+
+    Args:
+        stock: the processor found at the module; kept untouched, and put back on removal.
+        site: where its attention calls are sent.
+    """
+
+    def __init__(self, stock: Any, site: Site) -> None:
+        self.stock = stock
+        self.site = site
+        self._code = rebind(stock, site)
+        self._attention_backend = getattr(stock, "_attention_backend", None)
+        self._parallel_config = getattr(stock, "_parallel_config", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the stock code; ``self`` takes the place of the stock processor, so later settings are seen."""
+        return self._code(self, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("stock", "site", "_code"):  # not yet set: while unpickling or copying
+            raise AttributeError(name)
+        return getattr(self.stock, name)
+
+
+@functools.cache
+def bound_class(stock_class: type) -> type[BoundProcessor]:
+    """A :class:`BoundProcessor` whose ``__call__`` shows the stock signature: attention modules drop keyword arguments
+    that the signature does not name."""
+    stock_call = inspect.unwrap(stock_class.__call__)
+    call = functools.wraps(stock_call)(lambda self, *args, **kwargs: self._code(self, *args, **kwargs))
+    return type(f"Bound{stock_class.__name__}", (BoundProcessor,), {"__call__": call})
+
+
+def bind(stock: Any, site: Site) -> BoundProcessor:
+    """A processor that runs ``stock`` with its attention calls sent to ``site``.
+
+    Raises:
+        TypeError: if the stock processor does not call attention by a name we can redirect.
+    """
+    return bound_class(type(stock))(stock, site)
+
+
+def rebind(stock: Any, site: Site) -> Callable[..., Any]:
+    """The stock ``__call__`` with its own globals, in which the attention functions lead to ``site``."""
+    call = inspect.unwrap(type(stock).__call__)
+    scope = dict(call.__globals__)
+    names = set(call.__code__.co_names)
+    if not names & {"dispatch_attention_fn", "scaled_dot_product_attention"}:
+        raise TypeError(
+            f"{type(stock).__name__} at {site.info.path} calls neither dispatch_attention_fn nor "
+            "F.scaled_dot_product_attention, so its attention cannot be redirected; restore the default processors first"
+        )
+    scope.pop("__name__", None)  # with it, torch.compile would look names up in the real module
+    if "dispatch_attention_fn" in scope:
+        scope["dispatch_attention_fn"] = _dispatch_to(site, scope["dispatch_attention_fn"])
+    if "F" in scope:
+        scope["F"] = _functional_for(site)
+    copy = types.FunctionType(call.__code__, scope, call.__name__, call.__defaults__, call.__closure__)
+    copy.__kwdefaults__ = call.__kwdefaults__
+    return copy
+
+
+def _dispatch_to(site: Site, stock_dispatch: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def dispatch(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        **options: Any,
+    ) -> torch.Tensor:
+        plain = attn_mask is None and not dropout_p and not is_causal and options.get("parallel_config") is None
+        if site.is_stock:
+            return stock_dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **options)
+
+        def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            tokens_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+            out = stock_dispatch(*tokens_first, attn_mask, dropout_p, is_causal, scale, enable_gqa, **options)
+            return out.transpose(1, 2)
+
+        heads_first = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        return site.attend(*heads_first, scale=scale, plain=plain, stock=stock).transpose(1, 2)
+
+    return dispatch
+
+
+def _functional_for(site: Site) -> types.ModuleType:
+    """A copy of ``torch.nn.functional`` in which only the attention call differs."""
+
+    def scaled_dot_product_attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+
+        if site.is_stock:
+            return stock(query, key, value)
+        plain = attn_mask is None and not dropout_p and not is_causal
+        return site.attend(query, key, value, scale=scale, plain=plain, stock=stock)
+
+    functional = types.ModuleType("functional")
+    functional.__dict__.update({name: value for name, value in vars(F).items() if not name.startswith("__")})
+    functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[attr-defined]
+    return functional

@@ -1,0 +1,178 @@
+"""Everything we put on one root model, and its exact removal."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..clock import StepClock, StepState
+from ..controls import AttentionControl, SiteInfo
+from ..families import Family, family_of
+from .blocks import BlockHook, BlockInfo, wrap_block
+from .interception import BoundProcessor, bind
+from .site import Site
+
+BeforeCall = Callable[["RootInstallation", StepState], None]
+AfterCall = Callable[["RootInstallation"], None]
+
+
+class RootInstallation:
+    """The three seams on one root: step (its calls), block, attend.
+
+    Args:
+        root: transformer or UNet.
+        expert: attribute name of the root in its pipeline.
+        clock: told of every call of the root.
+        controls: attention controls.
+        block_hooks: hooks around every block.
+        before_call: runs before each call of the root, outside compiled code; prepares the sites.
+        after_call: runs after it, also if it fails.
+
+    Raises:
+        UnknownModelError: if the family of the root is not registered.
+        ValueError: if no attention module was found.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        expert: str,
+        clock: StepClock,
+        controls: tuple[AttentionControl, ...],
+        block_hooks: tuple[BlockHook, ...],
+        before_call: BeforeCall,
+        after_call: AfterCall,
+    ) -> None:
+        self.root, self.expert, self.clock = root, expert, clock
+        self.family: Family = family_of(root)
+        self._before_call, self._after_call = before_call, after_call
+        self._signature = inspect.signature(type(root).forward)
+        self._outside = False  # whether the clock is kept by the wrapper of compiled code, not by the hooks inside it
+        self._undo: list[Callable[[], None]] = []
+        if getattr(root, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"{type(root).__name__} is compiled already; accelerate it first, then call its compile()")
+        self.sites: dict[nn.Module, Site] = self._find_sites(controls)
+        try:
+            self._install(block_hooks)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Takes everything off again, in reverse order; safe to call twice."""
+        while self._undo:
+            self._undo.pop()()
+
+    def replaced(self) -> list[str]:
+        """Paths of sites where someone has since put another processor."""
+        return [
+            site.info.path
+            for module, site in self.sites.items()
+            if not (isinstance(module.processor, BoundProcessor) and module.processor.site is site)
+        ]
+
+    def _install(self, block_hooks: tuple[BlockHook, ...]) -> None:
+        for module, site in self.sites.items():
+            self._bind(module, site)
+        if block_hooks:
+            blocks = [(f"{name}.{i}", block) for name in self.family.block_lists for i, block in self._blocks(name)]
+            for index, (path, block) in enumerate(blocks):
+                info = BlockInfo(path, index, len(blocks), self.expert)
+                self._undo.append(wrap_block(block, info, self.clock, block_hooks))
+        self._undo.append(self.root.register_forward_pre_hook(self._on_call, with_kwargs=True).remove)
+        self._undo.append(self.root.register_forward_hook(self._on_return, always_call=True).remove)
+        self._shadow("compile", self._compile)
+        if hasattr(self.root, "cache_context"):
+            self._shadow("cache_context", self._cache_context_of(self.root.cache_context))
+
+    def _blocks(self, name: str) -> list[tuple[int, nn.Module]]:
+        return list(enumerate(self.root.get_submodule(name).children()))
+
+    def _find_sites(self, controls: tuple[AttentionControl, ...]) -> dict[nn.Module, Site]:
+        from diffusers.models.attention import AttentionModuleMixin
+        from diffusers.models.attention_processor import Attention, MochiAttention
+
+        found = [
+            (path, module, self.family.site_kind(path, module))
+            for path, module in self.root.named_modules()
+            if isinstance(module, (Attention, AttentionModuleMixin, MochiAttention))
+        ]
+        kinds = [kind for _, _, kind in found if kind is not None]
+        if not kinds:
+            raise ValueError(f"no attention module was found in {type(self.root).__name__}")
+        sites: dict[nn.Module, Site] = {}
+        seen = dict.fromkeys(kinds, 0)
+        for path, module, kind in found:
+            if kind is None:
+                continue
+            info = SiteInfo(path, kind, seen[kind], kinds.count(kind), self.expert)
+            sites[module] = Site(info, tuple(control for control in controls if control.acts_on(info)))
+            seen[kind] += 1
+        return sites
+
+    def _bind(self, module: nn.Module, site: Site) -> None:
+        stock = module.processor
+        if isinstance(stock, BoundProcessor):
+            raise ValueError(f"{site.info.path} is accelerated already; call remove() on its handle first")
+        bound = bind(stock, site)
+        module.processor = bound
+
+        def undo() -> None:
+            if module.processor is bound:  # else someone has put another processor there, and wants it
+                module.processor = stock
+
+        self._undo.append(undo)
+
+    def _on_call(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._outside:
+            self._begin(args, kwargs)
+
+    def _on_return(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._outside:
+            self._after_call(self)
+
+    @torch.compiler.disable
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments: Mapping[str, Any] = self._signature.bind_partial(self.root, *args, **kwargs).arguments
+        layout = self.family.layout(self.root, arguments)
+        self._before_call(self, self.clock.tick(self.expert, layout, arguments))
+
+    def _compile(self, *args: Any, **kwargs: Any) -> None:
+        """As ``nn.Module.compile``, with the clock kept outside the compiled code."""
+        compiled = torch.compile(self.root._call_impl, *args, **kwargs)
+
+        def call(*call_args: Any, **call_kwargs: Any) -> Any:
+            self._begin(call_args, call_kwargs)
+            self._outside = True
+            try:
+                return compiled(*call_args, **call_kwargs)
+            finally:
+                self._outside = False
+                self._after_call(self)
+
+        self.root._compiled_call_impl = call
+        self._undo.append(lambda: setattr(self.root, "_compiled_call_impl", None))
+
+    def _cache_context_of(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        @contextlib.contextmanager
+        def cache_context(name: str, **fields: Any) -> Iterator[Any]:
+            self.clock.push_context(name, fields.get("step_index"), fields.get("num_inference_steps"))
+            try:
+                with stock(name, **fields) as inner:
+                    yield inner
+            finally:
+                self.clock.pop_context()
+
+        return cache_context
+
+    def _shadow(self, name: str, replacement: Callable[..., Any]) -> None:
+        """Hides a method of the root behind an attribute of this one instance."""
+        if name in vars(self.root):
+            raise ValueError(f"{type(self.root).__name__}.{name} was replaced by someone else; remove that first")
+        object.__setattr__(self.root, name, replacement)
+        self._undo.append(lambda: vars(self.root).pop(name, None))

@@ -1,0 +1,87 @@
+"""Makes diffusers' own ``set_attn_processor`` accept our processors, without importing diffusers to do so.
+
+Two classes of diffusers are extended, whenever they are imported: pipelines gain ``set_attn_processor`` (they have none),
+and that of the models hands our processors to :func:`dit_accel.accelerate`. Nothing changes for stock processors.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+
+def extend_diffusers() -> None:
+    """Extends the classes now if their modules are loaded, else as soon as they are."""
+    for name, extend in _EXTENSIONS.items():
+        if name in sys.modules:
+            extend(sys.modules[name])
+    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Lets the ordinary machinery find our two modules, and runs the extension after their own code."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        extend = _EXTENSIONS.get(fullname)
+        if extend is None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            stock = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                stock(module)
+                extend(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _extend_pipelines(module: ModuleType) -> None:
+    def set_attn_processor(self: Any, processor: Any) -> None:
+        """Sets the attention processor of every transformer or UNet of this pipeline.
+
+        Args:
+            processor: one of dit_accel's processors, or whatever the models' own ``set_attn_processor`` takes.
+        """
+        from .acceleration import replace_processor
+
+        replace_processor(self, processor)
+
+    if not hasattr(module.DiffusionPipeline, "set_attn_processor"):
+        module.DiffusionPipeline.set_attn_processor = set_attn_processor
+
+
+def _extend_models(module: ModuleType) -> None:
+    stock = module.AttentionMixin.set_attn_processor
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def set_attn_processor(self: Any, processor: Any) -> None:
+        from .acceleration import acceleration_of, is_ours, replace_processor
+
+        if is_ours(processor):
+            replace_processor(self, processor)
+            return
+        accelerated = acceleration_of(self)
+        if accelerated is not None:
+            accelerated.remove()
+        stock(self, processor)
+
+    module.AttentionMixin.set_attn_processor = set_attn_processor
+
+
+_EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
+    "diffusers.pipelines.pipeline_utils": _extend_pipelines,
+    "diffusers.models.attention": _extend_models,
+}

@@ -1,0 +1,70 @@
+"""Results kept line by line, so that an interrupted evaluation goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..files import staged
+
+Record = dict[str, Any]
+
+
+class Journal:
+    """A file of JSON lines: what the results depend on, then one result per prompt.
+
+    Results of other settings are never mixed in: opening such a file is an error.
+
+    Args:
+        file: made at the first result; its folder too.
+        context: everything the results depend on, as JSON values.
+
+    Raises:
+        ValueError: if the file was written under another context, or is no journal.
+    """
+
+    def __init__(self, file: Path, context: Record) -> None:
+        self.file, self.context = file, context
+        self.records: dict[int, Record] = {}
+        if file.exists():
+            self._read()
+
+    def add(self, index: int, record: Record) -> None:
+        """Stores the result of one prompt, on disk before returning."""
+        if not self.file.exists():
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(json.dumps({"context": self.context}) + "\n")
+        with self.file.open("a") as lines:
+            lines.write(json.dumps({"index": index, **record}, allow_nan=False) + "\n")
+        self.records[index] = record
+
+    def _read(self) -> None:
+        text = self.file.read_text()
+        whole = text[: text.rfind("\n") + 1]  # an interrupted write leaves half a line at the end
+        try:
+            header, *records = [json.loads(line) for line in whole.splitlines()] or [{}]
+            context = header["context"]
+            self.records = {record.pop("index"): record for record in records}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.file} is not a journal of results; delete it or choose another --out") from error
+        self._check(context)
+        if whole != text:
+            with staged(self.file) as (scratch,):
+                scratch.write_text(whole)
+
+    def _check(self, stored: Record) -> None:
+        names = sorted(name for name in {*stored, *self.context} if stored.get(name) != self.context.get(name))
+        if names:
+            changes = "; ".join(f"{name} was {stored.get(name)!r}, is {self.context.get(name)!r}" for name in names)
+            raise ValueError(
+                f"{self.file} holds results of other settings ({changes}); choose another --out, or delete it to start"
+                " again"
+            )
+
+
+def write_json(file: Path, content: Record) -> None:
+    """Writes a readable JSON file, whole or not at all; its folder is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with staged(file) as (scratch,):
+        scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,132 @@
+"""One resumable training loop: cosine schedule, moving average, checkpoints, a log line every few steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long to train, and how often to write.
+
+    Attributes:
+        steps: optimizer steps in all.
+        warmup: steps over which the learning rate rises from zero.
+        final_lr: learning rate at the end, as a fraction of the highest.
+        ema: decay of the moving average of the weights.
+        clip: largest gradient norm.
+        log_every: steps between log lines.
+        save_every: steps between checkpoints.
+    """
+
+    steps: int
+    warmup: int = 100
+    final_lr: float = 0.02
+    ema: float = 0.995
+    clip: float = 1.0
+    log_every: int = 25
+    save_every: int = 200
+
+
+class Trainer:
+    """Trains a module with one or more optimizers and can be killed at any time.
+
+    Data must be a function of the step number, so that a resumed run sees what an uninterrupted one would have seen.
+
+    Args:
+        model: the module to train; its moving average is kept in :attr:`average`.
+        optimizers: every optimizer that steps it; their initial learning rates are the highest of the schedule.
+        config: see :class:`LoopConfig`.
+        folder: where ``checkpoint.pt`` and ``log.jsonl`` live; a checkpoint found there is resumed.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: LoopConfig, folder: Path
+    ) -> None:
+        self.model, self.optimizers, self.config, self.folder = model, optimizers, config, folder
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self.average = {name: value.detach().clone().float() for name, value in model.state_dict().items()}
+        self.step, self.seconds = 0, 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint.exists():
+            self._resume()
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that a later run resumes from."""
+        return self.folder / "checkpoint.pt"
+
+    def fit(self, loss_at: Callable[[int], torch.Tensor]) -> None:
+        """Runs the remaining steps; ``loss_at(step)`` builds the batch of that step and returns its loss."""
+        started, running = time.perf_counter() - self.seconds, None
+        while self.step < self.config.steps:
+            torch.manual_seed(self.step)
+            loss = loss_at(self.step)
+            loss.backward()
+            self._update()
+            value = float(loss.detach())
+            running = value if running is None else 0.97 * running + 0.03 * value
+            self.step += 1
+            self.seconds = time.perf_counter() - started
+            if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                self._log(running)
+            if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                self._save()
+
+    def load_average(self) -> None:
+        """Puts the moving average into the model, for evaluation or export."""
+        self.model.load_state_dict(self.average)
+
+    def _update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        scale = self._schedule()
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        for name, value in self.model.state_dict().items():
+            self.average[name].lerp_(value.detach().float(), 1 - decay)
+
+    def _schedule(self) -> float:
+        config = self.config
+        if self.step < config.warmup:
+            return (self.step + 1) / config.warmup
+        progress = (self.step - config.warmup) / max(1, config.steps - config.warmup)
+        return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def _log(self, loss: float) -> None:
+        line = json.dumps({"step": self.step, "loss": round(loss, 5), "seconds": round(self.seconds)})
+        print(line, flush=True)
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(line + "\n")
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        beside = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, beside)
+        os.replace(beside, self.checkpoint)
+
+    def _resume(self) -> None:
+        state = torch.load(self.checkpoint, weights_only=True)
+        self.step, self.seconds, self.average = state["step"], state["seconds"], state["average"]
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        print(f"resumed at step {self.step}", flush=True)

@@ -1,0 +1,159 @@
+"""The one way into sparse attention: `attend(q, k, v, plan)`."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .ops import block_sparse_attention
+from .sparse_plan import SparsePlan
+from .support import BACKENDS, DTYPES, Call, Support, check, choose
+
+__all__ = ["BACKENDS", "Support", "attend", "choose_backend", "explain"]
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attends from queries to the keys that the plan lists.
+
+    Runs under `torch.compile(fullgraph=True)`; a second plan of the same shapes reuses the graph.
+
+    Args:
+        q: `[B, H, q_len, D]`, float32, float16 or bfloat16, any strides (a transposed `[B, S, H, D]` is fine).
+        k: `[B, H, kv_len, D]`, dtype and device of q.
+        v: `[B, H, kv_len, D]`, likewise.
+        plan: Who attends to whom, on the same device.
+        scale: Positive factor on the scores; `D ** -0.5` by default.
+        return_lse: Also return the log-sum-exp of the scaled scores.
+        backend: "auto" (Triton on a GPU, gather elsewhere) or one of `BACKENDS`.
+
+    Returns:
+        `out`, shape and dtype of q; with `return_lse` `(out, lse)`, lse float32 `[B, H, q_len]` in natural log.  A
+        query without any key gets out 0 and lse -inf.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit, or the named backend cannot run the call.
+        NotImplementedError: A gradient is asked for; there is no backward pass.
+    """
+    _check_tensors(q, k, v)
+    _check_plan(q, k, plan)
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"Unknown attention backend {backend!r}. Choose 'auto' or one of {', '.join(BACKENDS)}.")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}. Leave it out for head_dim ** -0.5.")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise NotImplementedError(
+            "Sparse attention has no backward pass, but q, k or v requires a gradient. "
+            "Run inference under torch.no_grad(), or detach the tensors."
+        )
+    if plan.order is not None:
+        q, k, v = (t.index_select(2, plan.order) for t in (q, k, v))
+    band = plan.band
+    out, lse = block_sparse_attention(
+        q,
+        k,
+        v,
+        plan.indices,
+        plan.counts,
+        plan.full_counts,
+        None if band is None else band.widths,
+        plan.block_q,
+        plan.block_kv,
+        0 if band is None else band.frame_tokens,
+        0 if band is None else band.video_len,
+        0 if band is None else band.sink_tokens,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        backend,
+    )
+    if plan.order is not None:
+        out = torch.empty_like(out).index_copy_(2, plan.order, out)
+        lse = torch.empty_like(lse).index_copy_(2, plan.order, lse) if return_lse else lse
+    return (out, lse) if return_lse else out
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan) -> list[Support]:
+    """Says for every backend whether it can run this call, and why (not).
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit, whatever the backend.
+    """
+    _check_tensors(q, k, v)
+    _check_plan(q, k, plan)
+    call = Call.of(q, k, v, plan.block_q, plan.block_kv)
+    return [check(backend, call) for backend in BACKENDS]
+
+
+def choose_backend(device_type: str, dtype: torch.dtype, head_dim: int, plan: SparsePlan) -> Support:
+    """Says what "auto" runs for such tensors with a contiguous head dimension; the reason says why not Triton."""
+    return choose(Call(device_type, dtype, head_dim, plan.block_q, plan.block_kv))
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got shape {tuple(tensor.shape)}.")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}; accepted are float32, float16 and bfloat16. Convert it first.")
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"q is {q.dtype} on {q.device}, but {name} is {tensor.dtype} on {tensor.device}. Make them the same."
+            )
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together: batch, heads and "
+            "head_dim must be equal, and k and v alike. Repeat key heads before the call if there are fewer."
+        )
+    if q.shape[0] == 0 or q.shape[1] == 0 or q.shape[3] == 0:
+        raise ValueError(f"q has shape {tuple(q.shape)}; batch, heads and head_dim must be at least 1.")
+
+
+def _check_plan(q: Tensor, k: Tensor, plan: SparsePlan) -> None:
+    if plan.q_len != q.shape[2] or plan.kv_len != k.shape[2]:
+        raise ValueError(
+            f"The plan is for {plan.q_len} queries and {plan.kv_len} keys, the tensors hold {q.shape[2]} and "
+            f"{k.shape[2]}. Build the plan for this shape."
+        )
+    batch, heads = plan.indices.shape[:2]
+    if batch not in (1, q.shape[0]) or heads not in (1, q.shape[1]):
+        raise ValueError(
+            f"The plan has lists for batch {batch} and {heads} heads; accepted are 1 or {q.shape[0]} batch items and "
+            f"1 or {q.shape[1]} heads."
+        )
+    if plan.device != q.device:
+        raise ValueError(f"The plan is on {plan.device}, q is on {q.device}. Move it with plan.to(q.device).")

@@ -1,0 +1,37 @@
+"""Dense attention under the plan's expanded mask, in float32.  Slow and simple: the answer all backends must match."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .sparse_plan import SparsePlan
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float) -> tuple[Tensor, Tensor]:
+    """Computes `softmax(scale * q k^T + mask) v` with every score held in memory, one head at a time.
+
+    Args:
+        q: `[B, H, q_len, D]`.
+        k: `[B, H, kv_len, D]`.
+        v: `[B, H, kv_len, D]`.
+        plan: Who attends to whom.  Its `order` is respected here too.
+        scale: Factor on the scores.
+
+    Returns:
+        `(out, lse)`: out in the dtype and shape of q; lse float32 `[B, H, q_len]`, natural log.  A query without any
+        key gets out 0 and lse -inf.
+    """
+    batch, heads = q.shape[:2]
+    mask = plan.element_mask().expand(batch, heads, -1, -1)
+    out = q.new_zeros(q.shape)
+    lse = torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device)
+    for b in range(batch):
+        for h in range(heads):
+            scores = q[b, h].float() @ k[b, h].float().transpose(0, 1) * scale
+            scores.masked_fill_(~mask[b, h], float("-inf"))
+            lse[b, h] = scores.logsumexp(-1)
+            # An empty row is all -inf and softmax turns it into NaN; its weights are zero by definition.
+            weights = scores.softmax(-1).masked_fill_(~mask[b, h], 0.0)
+            out[b, h] = (weights @ v[b, h].float()).to(q.dtype)
+    return out, lse

@@ -1,0 +1,416 @@
+"""The one description of "who attends to whom" that every sparse method writes and every kernel reads.
+
+A plan cuts queries and keys into blocks and lists, for each query block, the key blocks it looks at.  Lists are padded
+rows rather than CSR, so a kernel reaches any row with one stride and a plan shared by all heads or all batch items is
+a dimension of size 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Upper bound for one temporary of `Band.pairs_per_block`, in elements.
+_COUNT_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Band:
+    """Element test of a video band mask (Radial Attention, arXiv 2506.19852), applied inside PARTIAL blocks.
+
+    Query `q` in frame i at raster position k keeps key `kv` in frame j at raster position l iff
+    `|k - l| <= widths[|i - j|]`.  Text and sink tokens are always kept.
+
+    Attributes:
+        frame_tokens: Tokens per frame.
+        widths: int32 `[frames]`, half-width for each frame distance; -1 keeps nothing at that distance.
+        video_len: Tokens `[0, video_len)` are video, frame after frame.  Everything behind is text, which sees and is
+            seen by every token.
+        sink_tokens: Keys `[0, sink_tokens)` are kept by every query.
+    """
+
+    frame_tokens: int
+    widths: Tensor
+    video_len: int
+    sink_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.frame_tokens < 1:
+            raise ValueError(f"Band.frame_tokens must be at least 1, got {self.frame_tokens}.")
+        if self.widths.ndim != 1 or self.widths.dtype != torch.int32 or self.widths.numel() == 0:
+            raise ValueError(
+                f"Band.widths must be a non-empty int32 vector with one half-width per frame distance, "
+                f"got {self.widths.dtype} of shape {tuple(self.widths.shape)}."
+            )
+        room = self.frame_tokens * self.widths.numel()
+        if not 0 <= self.video_len <= room:
+            raise ValueError(
+                f"Band.video_len is {self.video_len}, but {self.widths.numel()} frames of {self.frame_tokens} tokens "
+                f"hold {room}. Give one width per frame."
+            )
+        if self.sink_tokens < 0:
+            raise ValueError(f"Band.sink_tokens must not be negative, got {self.sink_tokens}.")
+
+    def keeps(self, q_index: Tensor, kv_index: Tensor) -> Tensor:
+        """Tells which (query, key) pairs the band keeps; this method is the definition.
+
+        Args:
+            q_index: Integer query positions.
+            kv_index: Integer key positions, broadcastable against `q_index`.
+
+        Returns:
+            Bool tensor of the broadcast shape.
+        """
+        last = self.widths.numel() - 1
+        frames = (q_index // self.frame_tokens - kv_index // self.frame_tokens).abs().clamp(max=last)
+        offset = (q_index % self.frame_tokens - kv_index % self.frame_tokens).abs()
+        near = offset <= self.widths.to(frames.device)[frames.long()]
+        return near | (q_index >= self.video_len) | (kv_index >= self.video_len) | (kv_index < self.sink_tokens)
+
+    def pairs_per_block(self, q_len: int, kv_len: int, block_q: int, block_kv: int) -> Tensor:
+        """Counts the pairs the band keeps in every block, exactly and without an element mask.
+
+        Keys are cut where the block, the frame, the sink or the text begins.  Inside such a segment the kept keys of
+        one query are an interval, so counting is arithmetic: `q_len` times the number of segments.
+
+        Returns:
+            int64 `[ceil(q_len / block_q), ceil(kv_len / block_kv)]` on the device of `widths`.
+        """
+        device = self.widths.device
+        starts, ends = self._segments(kv_len, block_kv, device)
+        free = (starts >= self.video_len) | (starts < self.sink_tokens)
+        frame = (starts // self.frame_tokens).clamp(max=self.widths.numel() - 1)
+        low = starts - frame * self.frame_tokens
+        high = low + (ends - starts)
+        rows, cols = -(-q_len // block_q), -(-kv_len // block_kv)
+        out = torch.zeros(rows, cols, dtype=torch.int64, device=device)
+        step = max(1, _COUNT_CHUNK // (starts.numel() * block_q)) * block_q
+        for begin in range(0, q_len, step):
+            q = torch.arange(begin, min(begin + step, q_len), device=device)[:, None]
+            k = q % self.frame_tokens
+            distance = (q // self.frame_tokens - frame).abs().clamp(max=self.widths.numel() - 1)
+            width = self.widths[distance].long()
+            kept = (torch.minimum(high, k + width + 1) - torch.maximum(low, k - width)).clamp(min=0)
+            kept = torch.where(free | (q >= self.video_len), ends - starts, kept)
+            per_q = torch.zeros(q.numel(), cols, dtype=torch.int64, device=device)
+            per_q.index_add_(1, starts // block_kv, kept)
+            out.index_add_(0, q[:, 0] // block_q, per_q)
+        return out
+
+    def _segments(self, kv_len: int, block_kv: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        cuts = [
+            torch.arange(0, kv_len, block_kv, device=device),
+            torch.arange(0, min(self.video_len, kv_len), self.frame_tokens, device=device),
+            torch.tensor([min(self.sink_tokens, kv_len), min(self.video_len, kv_len), kv_len], device=device),
+        ]
+        edges = torch.cat(cuts).unique()
+        return edges[:-1], edges[1:]
+
+    def to(self, device: torch.device | str) -> Band:
+        """Copies the band to `device`."""
+        return replace(self, widths=self.widths.to(device))
+
+
+@dataclass(frozen=True)
+class PlanStats:
+    """What a plan costs, counted when it was built.
+
+    Attributes:
+        density: Kept (query, key) pairs over all pairs, exact (short last blocks and the band included).
+        density_per_head: The same for each head (averaged over the batch); one entry if all heads share a row.
+        method: Name of the method that built the plan.
+        details: Settings worth reporting (rule, decay, ...).
+    """
+
+    density: float
+    density_per_head: tuple[float, ...]
+    method: str = "custom"
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class SparsePlan:
+    """Immutable block lists for one attention call.  Build it with `plan_from_blocks`.
+
+    Attributes:
+        q_len: Query tokens.
+        kv_len: Key tokens.  The last block may be short; kernels mask it by length.
+        block_q: Queries per block.
+        block_kv: Keys per block.
+        indices: int32 `[B|1, H|1, NQ, K]`, key blocks of each row: FULL ones ascending, PARTIAL ones ascending, zeros.
+        counts: int32 `[B|1, H|1, NQ]`, listed blocks of each row.
+        full_counts: int32, same shape, how many of them are FULL (no element test).
+        stats: Density and origin.
+        band: Element test of the PARTIAL blocks, in plan positions.  None: every listed block is FULL.
+        order: int64 `[N]` or None.  Plan position p holds token `order[p]`; the same for queries and keys.
+        always_q: Query ranges `(start, stop)` that see everything.  They are in the lists already; for reports.
+        always_kv: Key ranges that everyone sees, likewise.
+    """
+
+    q_len: int
+    kv_len: int
+    block_q: int
+    block_kv: int
+    indices: Tensor
+    counts: Tensor
+    full_counts: Tensor
+    stats: PlanStats
+    band: Band | None = None
+    order: Tensor | None = None
+    always_q: tuple[tuple[int, int], ...] = ()
+    always_kv: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_lengths(self.q_len, self.kv_len, self.block_q, self.block_kv)
+        _check_lists(self)
+        _check_order(self.order, self.q_len, self.kv_len, self.indices.device)
+        _check_ranges("always_q", self.always_q, self.q_len)
+        _check_ranges("always_kv", self.always_kv, self.kv_len)
+        if self.band is not None and self.band.widths.device != self.indices.device:
+            raise ValueError(
+                f"The band is on {self.band.widths.device}, the lists are on {self.indices.device}. "
+                "Move the plan with SparsePlan.to(device)."
+            )
+
+    @property
+    def num_q_blocks(self) -> int:
+        """Rows of the block lists, NQ."""
+        return -(-self.q_len // self.block_q)
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Key blocks, NK."""
+        return -(-self.kv_len // self.block_kv)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the lists live."""
+        return self.indices.device
+
+    @property
+    def density(self) -> float:
+        """Kept pairs over all pairs, `stats.density`."""
+        return self.stats.density
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the plan's tensors."""
+        tensors = [self.indices, self.counts, self.full_counts, self.order]
+        tensors.append(None if self.band is None else self.band.widths)
+        unique = {id(t): t for t in tensors if t is not None}
+        return sum(t.numel() * t.element_size() for t in unique.values())
+
+    def to(self, device: torch.device | str) -> SparsePlan:
+        """Copies the plan to `device`; returns itself if it is there already."""
+        if torch.device(device) == self.device:
+            return self
+        return replace(
+            self,
+            indices=self.indices.to(device),
+            counts=self.counts.to(device),
+            full_counts=self.full_counts.to(device),
+            band=None if self.band is None else self.band.to(device),
+            order=None if self.order is None else self.order.to(device),
+        )
+
+    def to_bool(self, *, full_only: bool = False) -> Tensor:
+        """Expands the lists into a block mask.
+
+        Args:
+            full_only: Mark the FULL blocks only.
+
+        Returns:
+            bool `[B|1, H|1, NQ, NK]`, in plan positions.
+        """
+        counts = self.full_counts if full_only and self.band is not None else self.counts
+        slots = torch.arange(self.indices.shape[-1], device=self.device)
+        # Padding entries go to a spare column, which is cut off again.
+        target = torch.where(slots < counts[..., None], self.indices, self.num_kv_blocks).long()
+        mask = torch.zeros(*counts.shape, self.num_kv_blocks + 1, dtype=torch.bool, device=self.device)
+        return mask.scatter_(-1, target, True)[..., :-1]
+
+    def element_mask(self) -> Tensor:
+        """Expands the plan to single (query, key) pairs: the definition that tests and the reference use.
+
+        Returns:
+            bool `[B|1, H|1, q_len, kv_len]` in the ORIGINAL token order.  Needs `q_len * kv_len` bytes per head.
+        """
+        mask = self._expand(self.to_bool())
+        if self.band is not None:
+            q = torch.arange(self.q_len, device=self.device)[:, None]
+            kv = torch.arange(self.kv_len, device=self.device)[None, :]
+            mask &= self._expand(self.to_bool(full_only=True)) | self.band.keeps(q, kv)
+        if self.order is not None:
+            position = torch.argsort(self.order)
+            mask = mask[..., position, :][..., position]
+        return mask
+
+    def _expand(self, blocks: Tensor) -> Tensor:
+        rows = blocks.repeat_interleave(self.block_q, -2)[..., : self.q_len, :]
+        return rows.repeat_interleave(self.block_kv, -1)[..., : self.kv_len]
+
+
+def plan_from_blocks(
+    keep: Tensor,
+    *,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_kv: int,
+    partial: Tensor | None = None,
+    band: Band | None = None,
+    order: Tensor | None = None,
+    always_q: Sequence[tuple[int, int]] = (),
+    always_kv: Sequence[tuple[int, int]] = (),
+    method: str = "custom",
+    details: Mapping[str, Any] | None = None,
+) -> SparsePlan:
+    """Builds a plan from a block mask and counts its density exactly.
+
+    Reads a few numbers back from the device (list capacity, density); build plans outside the hot loop.
+
+    Args:
+        keep: bool `[B|1, H|1, NQ, NK]` or `[NQ, NK]`, key blocks that each query block looks at.
+        q_len: Query tokens.
+        kv_len: Key tokens.
+        block_q: Queries per block.
+        block_kv: Keys per block.
+        partial: bool, same shape as `keep` (or `[NQ, NK]`): kept blocks in which `band` is tested per element.  With a
+            band and no `partial`, the blocks that the band cuts are found here and those it empties are dropped.
+        band: Element test of the partial blocks, in plan positions.
+        order: int64 `[N]` token permutation, see `SparsePlan.order`.
+        always_q: Query ranges that see everything, for reports.
+        always_kv: Key ranges that everyone sees, for reports.
+        method: Name of the method.
+        details: Settings worth reporting.
+
+    Returns:
+        The plan, on the device of `keep`.
+
+    Raises:
+        ValueError: Wrong shapes or dtypes, `partial` without `band`, or a partial block that is not kept.
+    """
+    _check_lengths(q_len, kv_len, block_q, block_kv)
+    rows, cols = -(-q_len // block_q), -(-kv_len // block_kv)
+    keep = _as_block_mask("keep", keep, rows, cols)
+    if band is not None:
+        band = band.to(keep.device)
+    pairs = None if band is None else band.pairs_per_block(q_len, kv_len, block_q, block_kv)
+    area = _block_area(q_len, kv_len, block_q, block_kv, keep.device)
+    if partial is not None:
+        partial = _as_block_mask("partial", partial, rows, cols).to(keep.device).expand_as(keep)
+        _check_partial(partial, keep, band)
+    elif pairs is not None:
+        partial, keep = keep & (pairs > 0) & (pairs < area), keep & (pairs > 0)
+    per_head = _density_per_head(keep, partial, area, pairs) / (q_len * kv_len)
+    indices, counts, full_counts = _lists(keep, partial)
+    heads = tuple(per_head.tolist())
+    return SparsePlan(
+        q_len=q_len,
+        kv_len=kv_len,
+        block_q=block_q,
+        block_kv=block_kv,
+        indices=indices,
+        counts=counts,
+        full_counts=full_counts,
+        stats=PlanStats(sum(heads) / len(heads), heads, method, dict(details or {})),
+        band=band,
+        order=order,
+        always_q=tuple((int(a), int(b)) for a, b in always_q),
+        always_kv=tuple((int(a), int(b)) for a, b in always_kv),
+    )
+
+
+def _lists(keep: Tensor, partial: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rank = (~keep).to(torch.uint8) * 2
+    if partial is not None:
+        rank += partial
+    counts = keep.sum(-1, dtype=torch.int32)
+    full_counts = counts if partial is None else counts - partial.sum(-1, dtype=torch.int32)
+    capacity = max(1, int(counts.max()))
+    # A stable sort by (full, partial, absent) leaves the ids ascending within each group.
+    indices = torch.argsort(rank, dim=-1, stable=True)[..., :capacity].to(torch.int32)
+    slots = torch.arange(capacity, device=keep.device)
+    return torch.where(slots < counts[..., None], indices, 0), counts, full_counts
+
+
+def _block_area(q_len: int, kv_len: int, block_q: int, block_kv: int, device: torch.device) -> Tensor:
+    heights = _block_lengths(q_len, block_q, device)
+    return heights[:, None] * _block_lengths(kv_len, block_kv, device)
+
+
+def _block_lengths(length: int, block: int, device: torch.device) -> Tensor:
+    starts = torch.arange(0, length, block, device=device)
+    return (length - starts).clamp(max=block)
+
+
+def _density_per_head(keep: Tensor, partial: Tensor | None, area: Tensor, pairs: Tensor | None) -> Tensor:
+    """Kept pairs per head, averaged over the batch, float64 `[H|1]`; one head at a time to bound memory."""
+    totals = torch.zeros(keep.shape[:2], dtype=torch.float64, device=keep.device)
+    for b in range(keep.shape[0]):
+        for h in range(keep.shape[1]):
+            kept = area if partial is None or pairs is None else torch.where(partial[b, h], pairs, area)
+            totals[b, h] = torch.where(keep[b, h], kept, 0).sum()
+    return totals.mean(0)
+
+
+def _as_block_mask(name: str, mask: Tensor, rows: int, cols: int) -> Tensor:
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{name} must be a bool tensor, got {mask.dtype}. Compare against a threshold first.")
+    if mask.ndim not in (2, 4) or tuple(mask.shape[-2:]) != (rows, cols) or 0 in mask.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(mask.shape)}; these lengths and blocks need [{rows}, {cols}] "
+            f"or [batch or 1, heads or 1, {rows}, {cols}]."
+        )
+    return mask if mask.ndim == 4 else mask[None, None]
+
+
+def _check_partial(partial: Tensor, keep: Tensor, band: Band | None) -> None:
+    if band is None:
+        raise ValueError("partial blocks need a band that says which elements to keep. Pass band=, or drop partial=.")
+    if bool((partial & ~keep).any()):
+        raise ValueError("partial marks blocks that keep does not. Every partial block must be a kept block.")
+
+
+def _check_lengths(q_len: int, kv_len: int, block_q: int, block_kv: int) -> None:
+    for name, value in (("q_len", q_len), ("kv_len", kv_len), ("block_q", block_q), ("block_kv", block_kv)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _check_lists(plan: SparsePlan) -> None:
+    indices, rows = plan.indices, plan.num_q_blocks
+    if indices.ndim != 4 or indices.shape[2] != rows or 0 in indices.shape:
+        raise ValueError(
+            f"indices has shape {tuple(indices.shape)}; {plan.q_len} queries in blocks of {plan.block_q} "
+            f"need [batch or 1, heads or 1, {rows}, capacity]."
+        )
+    for name, tensor in (("counts", plan.counts), ("full_counts", plan.full_counts)):
+        if tensor.shape != indices.shape[:-1]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(indices.shape[:-1])}.")
+    for name, tensor in (("indices", indices), ("counts", plan.counts), ("full_counts", plan.full_counts)):
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{name} must be int32, got {tensor.dtype}. Convert it with .to(torch.int32).")
+        if tensor.device != indices.device:
+            raise ValueError(f"{name} is on {tensor.device}, indices on {indices.device}. Put all lists together.")
+
+
+def _check_order(order: Tensor | None, q_len: int, kv_len: int, device: torch.device) -> None:
+    if order is None:
+        return
+    if q_len != kv_len:
+        raise ValueError(f"order permutes queries and keys alike, but q_len is {q_len} and kv_len is {kv_len}.")
+    if order.dtype != torch.int64 or tuple(order.shape) != (q_len,):
+        raise ValueError(f"order must be int64 of shape ({q_len},), got {order.dtype} of {tuple(order.shape)}.")
+    if order.device != device:
+        raise ValueError(f"order is on {order.device}, the lists are on {device}. Put them together.")
+
+
+def _check_ranges(name: str, ranges: tuple[tuple[int, int], ...], length: int) -> None:
+    for start, stop in ranges:
+        if not 0 <= start <= stop <= length:
+            raise ValueError(f"{name} holds ({start}, {stop}), which is not a range within [0, {length}].")

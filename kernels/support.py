@@ -1,0 +1,124 @@
+"""Which backend can run a call, and why not.  One set of checks serves reports, errors and the automatic choice."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "gather", "reference")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_MAX_HEAD_DIM = 256
+_MIN_TILE = 16
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a backend takes a call.
+
+    Attributes:
+        backend: One of `BACKENDS`.
+        ok: True if it runs the call.
+        reason: What makes it fit, or what stands in the way and what to do.
+    """
+
+    backend: str
+    ok: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """The facts about an attention call that decide between backends."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    block_q: int
+    block_kv: int
+    strides_ok: bool = True
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, block_q: int, block_kv: int) -> Call:
+        """Reads the facts off the tensors of a call."""
+        contiguous = all(t.stride(-1) == 1 for t in (q, k, v))
+        return cls(q.device.type, q.dtype, q.shape[-1], block_q, block_kv, contiguous)
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """True if TRITON_INTERPRET asks Triton to run kernels on the CPU (for tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def _no_triton(call: Call) -> str | None:
+    """Says what keeps the Triton kernel from running the call, or None."""
+    if not _triton_installed():
+        return "the triton package is not installed; run: pip install triton"
+    if interpreting():
+        if call.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 with TRITON_INTERPRET=1"
+    elif call.device_type != "cuda":
+        return f"the tensors are on {call.device_type!r} and the kernel needs a CUDA or ROCm GPU; move them to 'cuda'"
+    if call.head_dim > _MAX_HEAD_DIM:
+        return f"head dim {call.head_dim} is above {_MAX_HEAD_DIM}; use backend='gather'"
+    for name, block in (("block_q", call.block_q), ("block_kv", call.block_kv)):
+        if block % _MIN_TILE:
+            return f"{name}={block} is not a multiple of {_MIN_TILE}; rebuild the plan with blocks of 64 or 128"
+    if not call.strides_ok:
+        return "the head dimension of q, k or v is not contiguous (last stride 1); call .contiguous() on it"
+    return None
+
+
+def _check_triton(call: Call) -> Support:
+    obstacle = _no_triton(call)
+    where = "the interpreter (slow, for tests)" if interpreting() else "the GPU"
+    return Support("triton", obstacle is None, obstacle or f"block-sparse kernel on {where}")
+
+
+def _check_gather(call: Call) -> Support:
+    return Support("gather", True, f"gathered blocks and dense attention on {call.device_type}")
+
+
+def _check_reference(call: Call) -> Support:
+    return Support("reference", True, "dense float32 attention under the expanded mask, for checking")
+
+
+_CHECKS: dict[str, Callable[[Call], Support]] = {
+    "triton": _check_triton,
+    "gather": _check_gather,
+    "reference": _check_reference,
+}
+
+
+def check(backend: str, call: Call) -> Support:
+    """Checks one backend.
+
+    Raises:
+        ValueError: Unknown backend name.
+    """
+    if backend not in _CHECKS:
+        raise ValueError(f"Unknown attention backend {backend!r}. Choose 'auto' or one of {', '.join(BACKENDS)}.")
+    return _CHECKS[backend](call)
+
+
+def choose(call: Call) -> Support:
+    """Picks the backend for "auto": Triton on a GPU, gather elsewhere; the reason says why not Triton.
+
+    The interpreter is for tests and never chosen on its own.
+    """
+    triton = _check_triton(call)
+    if triton.ok and not interpreting():
+        return triton
+    obstacle = "TRITON_INTERPRET is set, which is for tests" if triton.ok else triton.reason
+    return Support("gather", True, f"{_check_gather(call).reason}; not triton: {obstacle}")

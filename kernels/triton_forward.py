@@ -1,0 +1,321 @@
+"""Block-sparse flash attention in Triton: the forward pass.
+
+One program owns a tile of queries and walks the key blocks its row lists, twice: first the FULL blocks, without any
+mask, then the blocks that need one (the short last block and the PARTIAL ones).  The softmax runs online in base 2
+(FlashAttention, arXiv 2205.14135).  Kernel tiles may be smaller than plan blocks: a listed block of 128 keys can be
+walked in steps of 64.
+
+Importing this module imports Triton but needs neither a GPU nor a driver.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .sparse_plan import SparsePlan
+
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _load_rows(base, start, stride, limit, offsets, dims, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """Loads rows `start + offsets` of a [tokens, HEAD_DIM] matrix; zeros behind `limit` and behind HEAD_DIM."""
+    # The start goes into the pointer in 64 bits, so that offsets within the tile stay small 32-bit numbers.
+    pointers = base + start.to(tl.int64) * stride + offsets[:, None] * stride + dims[None, :]
+    if MASKED:
+        return tl.load(pointers, mask=(start + offsets < limit)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _softmax_step(scores, top, total, acc):
+    """Folds one tile of base-2 scores into the running maximum, sum and output."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.math.exp2(scores - new_top[:, None])
+    shrink = tl.math.exp2(top - new_top)
+    return weights, new_top, total * shrink + tl.sum(weights, 1), acc * shrink[:, None]
+
+
+@triton.jit
+def _band_keeps(q_pos, kv_pos, widths, frames, frame_tokens, video_len, sink_tokens):
+    """`Band.keeps` for a tile."""
+    distance = tl.minimum(tl.abs((q_pos // frame_tokens)[:, None] - (kv_pos // frame_tokens)[None, :]), frames - 1)
+    offset = tl.abs((q_pos % frame_tokens)[:, None] - (kv_pos % frame_tokens)[None, :])
+    free_kv = (kv_pos >= video_len) | (kv_pos < sink_tokens)
+    return (offset <= tl.load(widths + distance)) | free_kv[None, :] | (q_pos >= video_len)[:, None]
+
+
+@triton.jit
+def forward_kernel(
+    Q,
+    K,
+    V,
+    Out,
+    Lse,
+    Indices,
+    Counts,
+    FullCounts,
+    Widths,
+    scale_log2,
+    q_stride_b,
+    q_stride_h,
+    q_stride_s,
+    k_stride_b,
+    k_stride_h,
+    k_stride_s,
+    v_stride_b,
+    v_stride_h,
+    v_stride_s,
+    out_stride_b,
+    out_stride_h,
+    out_stride_s,
+    list_stride_b,
+    list_stride_h,
+    list_stride_row,
+    count_stride_b,
+    count_stride_h,
+    heads,
+    q_len,
+    kv_len,
+    frames,
+    frame_tokens,
+    video_len,
+    sink_tokens,
+    HEAD_DIM: tl.constexpr,
+    PAD_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASKED_TILE_N: tl.constexpr,
+    SHORT_TAIL: tl.constexpr,
+    BANDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attends one tile of queries; grid (q blocks * tiles per block, batch * heads).
+
+    Args are device pointers, strides in elements (last strides are 1) and lengths in tokens.  `Counts` and
+    `FullCounts` have a last stride of 1.  Without BANDED, `FullCounts` and `Widths` are not read.
+    """
+    tile = tl.program_id(0)
+    batch = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    row = tile // (BLOCK_Q // TILE_M)
+
+    counts_at = batch * count_stride_b + head * count_stride_h + row
+    listed = tl.load(Counts + counts_at)
+    blocks = Indices + batch.to(tl.int64) * list_stride_b + head.to(tl.int64) * list_stride_h
+    blocks += row.to(tl.int64) * list_stride_row
+    full = listed
+    if BANDED:
+        full = tl.load(FullCounts + counts_at)
+    plain = full
+    if SHORT_TAIL:
+        # The short block has the highest id, so among the ascending FULL blocks it can only be the last one.
+        final = tl.load(blocks + full - 1, mask=full > 0, other=-1)
+        plain = tl.where(final == kv_len // BLOCK_KV, full - 1, full)
+
+    Q += batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
+    K += batch.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
+    V += batch.to(tl.int64) * v_stride_b + head.to(tl.int64) * v_stride_h
+    Out += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
+
+    dims = tl.arange(0, PAD_DIM)
+    m_offsets = tl.arange(0, TILE_M)
+    n_offsets = tl.arange(0, TILE_N)
+    q_pos = tile * TILE_M + m_offsets
+    q = _load_rows(Q, tile * TILE_M, q_stride_s, q_len, m_offsets, dims, HEAD_DIM, True)
+
+    # A finite lower bound instead of -inf keeps exp2(top - new_top) free of NaN while nothing has been kept.
+    top = tl.full([TILE_M], -1.0e30, tl.float32)
+    total = tl.zeros([TILE_M], tl.float32)
+    acc = tl.zeros([TILE_M, PAD_DIM], tl.float32)
+
+    STEPS: tl.constexpr = BLOCK_KV // TILE_N
+    PADDED: tl.constexpr = HEAD_DIM != PAD_DIM
+    for step in tl.range(0, plain * STEPS, num_stages=STAGES):
+        start = tl.load(blocks + step // STEPS) * BLOCK_KV + (step % STEPS) * TILE_N
+        k = _load_rows(K, start, k_stride_s, kv_len, n_offsets, dims, HEAD_DIM, PADDED)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        weights, top, total, acc = _softmax_step(scores, top, total, acc)
+        v = _load_rows(V, start, v_stride_s, kv_len, n_offsets, dims, HEAD_DIM, PADDED)
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+
+    if SHORT_TAIL or BANDED:
+        # The mask needs registers too, so this loop takes narrower steps.
+        MASKED_STEPS: tl.constexpr = BLOCK_KV // MASKED_TILE_N
+        masked_offsets = tl.arange(0, MASKED_TILE_N)
+        for step in tl.range(plain * MASKED_STEPS, listed * MASKED_STEPS, num_stages=1):
+            start = tl.load(blocks + step // MASKED_STEPS) * BLOCK_KV + (step % MASKED_STEPS) * MASKED_TILE_N
+            kv_pos = start + masked_offsets
+            k = _load_rows(K, start, k_stride_s, kv_len, masked_offsets, dims, HEAD_DIM, True)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            keep = (kv_pos < kv_len)[None, :]
+            if BANDED:
+                band = _band_keeps(q_pos, kv_pos, Widths, frames, frame_tokens, video_len, sink_tokens)
+                keep = keep & (band | (step < full * MASKED_STEPS))
+            scores = tl.where(keep, scores, float("-inf"))
+            weights, top, total, acc = _softmax_step(scores, top, total, acc)
+            v = _load_rows(V, start, v_stride_s, kv_len, masked_offsets, dims, HEAD_DIM, True)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+
+    some = total > 0.0
+    total = tl.where(some, total, 1.0)
+    lse = tl.where(some, (top + tl.math.log2(total)) * 0.6931471805599453, float("-inf"))
+    inside = q_pos < q_len
+    tl.store(Lse + tl.program_id(1).to(tl.int64) * q_len + q_pos, lse, mask=inside)
+    out = (acc / total[:, None]).to(Out.dtype.element_ty)
+    targets = Out + (tile * TILE_M).to(tl.int64) * out_stride_s + m_offsets[:, None] * out_stride_s + dims[None, :]
+    tl.store(targets, out, mask=inside[:, None] & (dims < HEAD_DIM)[None, :])
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and launch options of the forward kernel."""
+
+    tile_m: int
+    tile_n: int
+    warps: int
+    stages: int
+
+
+def launch_config(
+    capability: tuple[int, int] | None, itemsize: int, head_dim: int, block_q: int, block_kv: int
+) -> LaunchConfig:
+    """Picks tiles that divide the plan's blocks; checked offline to compile without register spills.
+
+    Args:
+        capability: CUDA compute capability, or None for other hardware.
+        itemsize: Bytes per element of q, k and v.
+        head_dim: Head dimension before padding.
+        block_q: Queries per plan block, a multiple of 16.
+        block_kv: Keys per plan block, a multiple of 16.
+
+    Returns:
+        The configuration.
+    """
+    wide = triton.next_power_of_2(head_dim) * itemsize > 256
+    tile_m, tile_n = (64, 32) if wide else (128, 64)
+    stages = 3 if capability is not None and capability[0] >= 9 and not wide else 2
+    tile_m = min(tile_m, _power_of_two_divisor(block_q))
+    tile_n = min(tile_n, _power_of_two_divisor(block_kv))
+    return LaunchConfig(tile_m, tile_n, warps=8 if tile_m >= 128 else 4, stages=stages)
+
+
+def _power_of_two_divisor(block: int) -> int:
+    return block & -block
+
+
+def kernel_constants(
+    config: LaunchConfig, *, head_dim: int, block_q: int, block_kv: int, short_tail: bool, banded: bool, precision: str
+) -> dict[str, int | bool | str]:
+    """The kernel's compile-time arguments."""
+    return {
+        "HEAD_DIM": head_dim,
+        "PAD_DIM": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_Q": block_q,
+        "BLOCK_KV": block_kv,
+        "TILE_M": config.tile_m,
+        "TILE_N": config.tile_n,
+        "MASKED_TILE_N": min(32, config.tile_n),
+        "SHORT_TAIL": short_tail,
+        "BANDED": banded,
+        "PRECISION": precision,
+        "STAGES": config.stages,
+    }
+
+
+def triton_attention(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float) -> tuple[Tensor, Tensor]:
+    """Launches the kernel.
+
+    Args:
+        q: `[B, H, q_len, D]`, last stride 1, other strides free.
+        k: `[B, H, kv_len, D]`, likewise.
+        v: `[B, H, kv_len, D]`, likewise.
+        plan: Who attends to whom, in plan positions; blocks are multiples of 16.
+        scale: Positive factor on the scores.
+
+    Returns:
+        `(out, lse)`: out contiguous in the dtype and shape of q; lse float32 `[B, H, q_len]`, natural log.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if q.device.type != "cuda":
+        _launch(q, k, v, plan, scale, out, lse, None)
+        return out, lse
+    with torch.cuda.device(q.device):
+        capability = None if torch.version.hip else torch.cuda.get_device_capability(q.device)
+        _launch(q, k, v, plan, scale, out, lse, capability)
+    return out, lse
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    capability: tuple[int, int] | None,
+) -> None:
+    batch, heads, q_len, head_dim = q.shape
+    config = launch_config(capability, q.element_size(), head_dim, plan.block_q, plan.block_kv)
+    constants = kernel_constants(
+        config,
+        head_dim=head_dim,
+        block_q=plan.block_q,
+        block_kv=plan.block_kv,
+        short_tail=plan.kv_len % plan.block_kv != 0,
+        banded=plan.band is not None,
+        precision=forward_precision(q.dtype == torch.float32),
+    )
+    band = plan.band
+    indices = plan.indices.contiguous().expand(batch, heads, -1, -1)
+    counts = plan.counts.contiguous().expand(batch, heads, -1)
+    full_counts = plan.full_counts.contiguous().expand(batch, heads, -1)
+    forward_kernel[(plan.num_q_blocks * (plan.block_q // config.tile_m), batch * heads)](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        indices,
+        counts,
+        full_counts,
+        counts if band is None else band.widths,
+        scale * _LOG2_E,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        *indices.stride()[:3],
+        *counts.stride()[:2],
+        heads,
+        q_len,
+        plan.kv_len,
+        1 if band is None else band.widths.numel(),
+        1 if band is None else band.frame_tokens,
+        0 if band is None else band.video_len,
+        0 if band is None else band.sink_tokens,
+        **constants,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def forward_precision(float32: bool) -> str:
+    """How products are computed.
+
+    float32 follows torch's own TF32 switch, as dense attention does.  With the switch off, three TF32 products stand
+    in for one float32 product: exact to about 1e-6 and still on the tensor cores, where true float32 would spill.
+    """
+    if not float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"

@@ -1,0 +1,268 @@
+"""Bad input ends with one line, exit code 2, and no file."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import PROMPT, Command, Result
+
+
+def assert_refused(result: Result, *parts: str, code: int = 2) -> None:
+    assert result.code == code, result
+    assert result.out == ""
+    assert result.err.startswith("dit-accel: error: ")
+    assert result.err.count("\n") == 1 and result.err.endswith("\n"), result.err
+    for part in parts:
+        assert part in result.err, result.err
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes loading a model an error: cheap checks come first."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded before the check")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", fail)
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--steps", "0"], ["--steps", "at least 1", "'0'"]),
+        (["--steps", "-3"], ["--steps", "at least 1", "'-3'"]),
+        (["--steps", "many"], ["--steps", "'many'"]),
+        (["--frames", "10"], ["multiple of 4 plus 1", "use 9 or 13"]),
+        (["--frames", "3"], ["use 1 or 5"]),
+        (["--height", "40"], ["--height", "multiple of 16", "use 32 or 48"]),
+        (["--width", "8"], ["--width", "use 16"]),
+        (["--guidance", "nan"], ["--guidance"]),
+        (["--fps", "0"], ["--fps", "above 0"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--seed", str(2**63)], ["--seed"]),
+        (["--dense-steps", "1.5"], ["--dense-steps", "share"]),
+        (["--dense-layers", "0,x"], ["--dense-layers"]),
+        (["--decay", "0"], ["--decay"]),
+        (["--block", "96"], ["64 or 128", "96"]),
+        (["--attention", "sparse"], ["radial", "dense"]),
+        (["--attention", "dense", "--block", "64"], ["--block does nothing"]),
+        (["--attention", "dense", "--compare"], ["--compare"]),
+        (["--device", "abacus"], ["abacus", "cpu"]),
+        (["--model", "nothing"], ["nothing", "shapes-wan", "folder", "hub id"]),
+        (["--model", "./nothing/here"], ["./nothing/here"]),
+        (["--model", __file__], ["test_bad_input.py"]),
+        (["--comp"], ["--comp"]),
+    ],
+)
+def test_options_are_checked_before_loading(
+    render: Command, tmp_path: Path, words: list[str], parts: list[str]
+) -> None:
+    assert_refused(render(*words), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize("prompt", ["", "  \n "])
+def test_empty_prompt(render: Command, prompt: str) -> None:
+    assert_refused(render(prompt=prompt), "the prompt is empty")
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("prompt", "words", "part"),
+    [
+        ("a cat", [], "speaks one sentence"),
+        ("a mauve circle moving left on a black background", [], "unknown color 'mauve'"),
+        (PROMPT, ["--negative-prompt", "red elephant"], "'elephant'"),
+    ],
+)
+def test_words_outside_the_shapes_world(
+    render: Command, tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, words: list[str], part: str
+) -> None:
+    monkeypatch.setattr("dit_accel.shapes.path", lambda name: tiny_wan_folder)
+    assert_refused(render("--model", "shapes-wan", *words, prompt=prompt), part)
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize("name", ["out.mp4", "out.json", "out.dense.mp4", "out.compare.mp4"])
+def test_existing_output_is_kept(render: Command, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    assert_refused(render("--compare"), name, "--force")
+    assert (tmp_path / name).read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_of_a_comparison_do_not_matter_without_one(render: Command, tmp_path: Path) -> None:
+    (tmp_path / "out.dense.mp4").write_text("mine")
+    assert render("--attention", "dense").code == 0
+    assert (tmp_path / "out.dense.mp4").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("output", "part"),
+    [
+        ("missing/out.mp4", "does not exist"),
+        ("file/out.mp4", "does not exist"),
+        ("folder.mp4", "is a folder"),
+        ("out.avi", ".mp4"),
+        ("x" * 250 + ".mp4", "cannot write"),
+    ],
+)
+def test_unwritable_output(render: Command, tmp_path: Path, output: str, part: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.mp4").mkdir()
+    assert_refused(render("-o", tmp_path / output, "--force"), part)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.mp4"]
+
+
+def truncate_weights(model: Path) -> None:
+    path = model / "transformer/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def drop_a_tensor(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = model / "transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["blocks.0.attn1.to_q.weight"]
+    save_file(weights, path)
+
+
+def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
+    def edit(model: Path) -> None:
+        path = model / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no index": (lambda model: (model / "model_index.json").unlink(), "no model_index.json"),
+    "index is no JSON": (lambda model: (model / "model_index.json").write_text("{"), "damaged"),
+    "index is a list": (lambda model: (model / "model_index.json").write_text("[]"), "not a JSON object"),
+    "unknown pipeline": (edit_json("model_index.json", _class_name="WonPipeline"), "'WonPipeline', which diffusers"),
+    "no class": (edit_json("model_index.json", _class_name=None), "does not know"),
+    "image pipeline": (edit_json("model_index.json", _class_name="FluxPipeline"), "makes no videos"),
+    "image to video": (
+        edit_json("model_index.json", _class_name="WanImageToVideoPipeline"),
+        "needs more than a prompt",
+    ),
+    "unknown transformer": (edit_json("model_index.json", transformer=["diffusers", "WonModel"]), "WonModel"),
+    "model of no family": (
+        edit_json("model_index.json", transformer=["diffusers", "UNet1DModel"]),
+        "UNet1DModel is not a model dit_accel knows",
+    ),
+    "missing part": (lambda model: (model / "vae").rename(model / "old"), "lacks its folder 'vae'"),
+    "truncated weights": (truncate_weights, "cannot load"),
+    "missing tensor": (drop_a_tensor, "transformer lack 1 tensors, such as blocks.0.attn1.to_q.weight"),
+    "missing weights": (lambda model: (model / "vae/diffusion_pytorch_model.safetensors").unlink(), "cannot load"),
+    "other shape": (edit_json("transformer/config.json", num_attention_heads=4), "expected shape"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_model(render: Command, broken_model: Path, tmp_path: Path, kind: str) -> None:
+    damage, part = DAMAGE[kind]
+    damage(broken_model)
+    assert_refused(render("--model", broken_model), part)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refusal_by_the_pipeline_itself(render: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("not\nlike this")
+
+    monkeypatch.setattr("diffusers.WanPipeline.check_inputs", refuse)
+    assert_refused(render(), "not like this")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["diffusers.WanPipeline.encode_prompt", "dit_accel.video.encode_video"])
+def test_interrupt_leaves_nothing(
+    render: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    def interrupt(*arguments: Any, **__: Any) -> None:
+        if where.endswith("video"):
+            Path(arguments[0]).write_bytes(b"half")
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(where, interrupt)
+    result = render()
+    assert result.code == 130
+    assert "interrupted" in result.err and "Traceback" not in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_while_writing_leaves_the_old_files(
+    render: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(path: Path, *_: Any, **__: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    for name in ("out.mp4", "out.json"):
+        (tmp_path / name).write_text("old")
+    monkeypatch.setattr("dit_accel.video.encode_video", full)
+    result = render("--force")
+    assert result.code == 3
+    assert "No space left" in result.err and "Traceback" not in result.err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"out.mp4": "old", "out.json": "old"}
+
+
+def test_nan_is_named_not_shown_as_black(render: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch
+
+    def nan(_: Any, latents: torch.Tensor, **__: Any) -> tuple[torch.Tensor]:
+        frames = 4 * (latents.shape[2] - 1) + 1
+        return (torch.full((1, 3, frames, 32, 32), float("nan")),)
+
+    monkeypatch.setattr("diffusers.AutoencoderKLWan.decode", nan)
+    assert_refused(render(), "NaN", "--dtype")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_device_is_a_problem_of_the_environment(render: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert_refused(render("--device", "cuda"), "usable: cpu", code=3)
+
+
+def test_missing_weights_of_the_shipped_model(
+    render: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("dit_accel.shapes.__file__", str(tmp_path / "__init__.py"))
+    assert_refused(render("--model", "shapes-wan"), "reinstall", code=3)
+
+
+def test_missing_pyav(render: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert_refused(render(), "pip install av", code=3)
+
+
+def test_hub_without_network(render: Command) -> None:
+    assert_refused(render("--model", "nobody/nothing"), "hub", "network", code=3)
+
+
+def test_debug_adds_the_traceback(render: Command) -> None:
+    result = render("--frames", 10, "--debug")
+    assert result.code == 2
+    assert "Traceback" in result.err
+    assert result.err.splitlines()[-1].startswith("dit-accel: error: ")
+
+
+def test_an_unexpected_error_is_one_line_too(render: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("diffusers.WanPipeline.prepare_latents", fail)
+    assert_refused(render(), "unexpected RuntimeError: boom", "--debug", code=1)

@@ -1,0 +1,70 @@
+"""``dit-accel doctor``: findings, and that broken parts are found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Command
+
+
+@pytest.fixture
+def shipped(monkeypatch: pytest.MonkeyPatch, tiny_wan_folder: Path) -> None:
+    monkeypatch.setattr("dit_accel.shapes.path", lambda name: tiny_wan_folder)
+
+
+def rows(findings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["backend"]: row for row in findings["backends"] if row["device"] == "cpu"}
+
+
+@pytest.mark.usefixtures("shipped")
+def test_findings_as_json(command: Command) -> None:
+    result = command("doctor", "--json")
+    findings = json.loads(result.out)
+    assert result.code == 0 and findings["healthy"] and findings["missing"] == []
+    assert set(rows(findings)) == {"triton", "gather", "reference"}
+    assert all(row["detail"] for row in findings["backends"])
+    assert rows(findings)["gather"]["ok"]
+    assert findings["versions"]["torch"] and findings["devices"][0].startswith("cpu")
+    assert set(findings["extras"]) >= {"triton", "ui", "xformers"}
+
+
+@pytest.mark.usefixtures("shipped")
+def test_findings_as_text(command: Command) -> None:
+    out = command("doctor").out
+    assert "torch" in out and "cpu gather" in out and "works" in out and "shapes-wan" in out
+
+
+@pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize("failure", ["wrong", "raises"])
+def test_a_broken_backend_is_found(command: Command, monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+    from dit_accel.kernels import attend as module
+
+    original = module.attend
+
+    def broken(*arguments: Any, backend: str, **options: Any) -> Any:
+        if backend == "gather" and failure == "raises":
+            raise RuntimeError("no such\ninstruction")
+        out = original(*arguments, backend=backend, **options)
+        return out + 0.5 if backend == "gather" else out
+
+    monkeypatch.setattr(module, "attend", broken)
+    gather = rows(json.loads(command("doctor", "--json").out))["gather"]
+    assert not gather["ok"]
+    assert ("no such instruction" if failure == "raises" else "5.0e-01") in gather["detail"]
+
+
+def test_missing_weights_and_packages_give_exit_code_3(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(name: str) -> Path:
+        raise FileNotFoundError(f"the weights of {name!r} are missing")
+
+    monkeypatch.setattr("dit_accel.shapes.path", gone)
+    monkeypatch.setattr("dit_accel.cli.doctor.installed", lambda name: None if name == "av" else "1.0")
+    result = command("doctor", "--json")
+    findings = json.loads(result.out)
+    assert result.code == 3 and not findings["healthy"]
+    assert findings["missing"] == ["av"]
+    assert "weights" in findings["models"]["shapes-wan"]["detail"]

@@ -1,0 +1,166 @@
+"""Installing changes nothing by itself, and removing leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dit_accel
+from dit_accel import AttentionMassRecorder, BlockRecorder
+from dit_accel.install import BoundProcessor
+from dit_accel.processors import RadialAttnProcessor
+
+
+def everything_on(pipe):
+    return dit_accel.accelerate(
+        pipe,
+        RadialAttnProcessor(block=64, dense_steps=0, dense_layers=0),
+        controls=[AttentionMassRecorder(4, kinds=("self", "cross"))],
+        block_hooks=[BlockRecorder()],
+    )
+
+
+def state_of(pipe) -> dict:
+    """Whatever an installation could leave behind on a root or its modules."""
+    roots = {name: part for name, part in pipe.components.items() if name.startswith("transformer") and part}
+    return {
+        name: {
+            "class": type(root),
+            "processors": {path: id(processor) for path, processor in root.attn_processors.items()},
+            "attributes": {path: sorted(vars(module)) for path, module in root.named_modules()},
+            "hooks": (len(root._forward_pre_hooks), len(root._forward_hooks)),
+        }
+        for name, root in roots.items()
+    }
+
+
+def test_watching_alone_is_bit_equal(subject):
+    stock = subject.run()
+    with dit_accel.accelerate(
+        subject.pipe, controls=[AttentionMassRecorder(4, kinds=("self", "cross"))], block_hooks=[BlockRecorder()]
+    ):
+        assert torch.equal(subject.run(), stock)
+
+
+def test_removal_restores_output_and_objects(subject):
+    stock, before = subject.run(), state_of(subject.pipe)
+    handle = everything_on(subject.pipe)
+    assert state_of(subject.pipe) != before
+    subject.run()
+    handle.remove()
+    handle.remove()
+    assert state_of(subject.pipe) == before
+    assert torch.equal(subject.run(), stock)
+
+
+def test_removal_after_an_error_inside_the_model(t2v):
+    stock, before = t2v.run(), state_of(t2v.pipe)
+
+    class Failing(dit_accel.AttentionControl):
+        def after(self, call, output):
+            if call.state.step == 2:
+                raise ArithmeticError("in mid-generation")
+            return output
+
+    with pytest.raises(ArithmeticError), dit_accel.accelerate(t2v.pipe, controls=[Failing()]):
+        t2v.run()
+    assert state_of(t2v.pipe) == before
+    assert torch.equal(t2v.run(), stock)
+
+
+def test_run_after_an_error_equals_a_fresh_run(t2v):
+    fail_at: list[int] = [2]
+
+    class Failing(dit_accel.AttentionControl):
+        def after(self, call, output):
+            if call.state.step in fail_at:
+                raise ArithmeticError("in mid-generation")
+            return output
+
+    recorder = AttentionMassRecorder(4)
+    with dit_accel.accelerate(t2v.pipe, controls=[Failing(), recorder]) as handle:
+        with pytest.raises(ArithmeticError):
+            t2v.run()
+        fail_at.clear()
+        recorder.masses.clear()
+        t2v.run()
+        assert sorted({step for _, _, step, _ in recorder.masses}) == [0, 1, 2, 3]
+        assert handle.clock.state.generation == 1
+
+
+def test_failed_installation_leaves_nothing(two_experts, monkeypatch):
+    before = state_of(two_experts.pipe)
+
+    class Foreign:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+            return hidden_states
+
+    foreign = Foreign()
+    monkeypatch.setattr(two_experts.pipe.transformer_2.blocks[1].attn1, "processor", foreign)
+    with pytest.raises(TypeError, match="Foreign at blocks.1.attn1"):
+        everything_on(two_experts.pipe)
+    monkeypatch.undo()
+    assert state_of(two_experts.pipe) == before
+
+
+def test_one_pipeline_does_not_touch_another(make_tiny_wan, t2v):
+    other = make_tiny_wan(0).transformer
+    with everything_on(t2v.pipe):
+        assert not any(isinstance(processor, BoundProcessor) for processor in other.attn_processors.values())
+
+
+def test_second_installation_is_refused(t2v):
+    with everything_on(t2v.pipe), pytest.raises(ValueError, match="accelerated already"):
+        everything_on(t2v.pipe)
+
+
+def test_unknown_model_says_how_to_register_it():
+    class NewTransformer(nn.Module):
+        pass
+
+    with pytest.raises(dit_accel.UnknownModelError, match=r"NewTransformer.*register_family"):
+        dit_accel.accelerate(NewTransformer(), "radial")
+
+
+@pytest.mark.parametrize("target", [object(), {}, None])
+def test_not_a_model_at_all(target):
+    with pytest.raises(dit_accel.UnknownModelError, match="neither a diffusers pipeline nor a model"):
+        dit_accel.accelerate(target, "radial")
+
+
+@pytest.mark.parametrize(
+    ("attention", "settings", "message"),
+    [
+        ("radiant", {}, "choose one of radial"),
+        ("radial", {"blocks": 64}, "unexpected keyword argument 'blocks'"),
+        ("radial", {"block": 32}, "64 or 128"),
+        ("radial", {"rule": "rules"}, "rule"),
+        (3, {}, "dit_accel processor"),
+        (None, {"block": 64}, "method given by name"),
+    ],
+)
+def test_bad_settings_are_explained(t2v, attention, settings, message):
+    with pytest.raises(ValueError, match=message):
+        dit_accel.accelerate(t2v.pipe, attention, **settings)
+
+
+def test_deepcopy_of_an_accelerated_model_is_independent(t2v):
+    handle = everything_on(t2v.pipe)
+    accelerated = t2v.run()
+    twin = copy.deepcopy(t2v.pipe.transformer)
+    handle.remove()
+    t2v.pipe.transformer = twin
+    assert torch.equal(t2v.run(), accelerated)
+
+
+def test_a_foreign_processor_put_later_is_reported(t2v):
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    with everything_on(t2v.pipe) as handle:
+        t2v.pipe.transformer.blocks[0].attn1.processor = WanAttnProcessor()
+        t2v.run()
+        assert "another attention processor" in handle.report().fallbacks["transformer:blocks.0.attn1"]
+    assert type(t2v.pipe.transformer.blocks[0].attn1.processor) is WanAttnProcessor

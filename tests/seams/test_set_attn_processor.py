@@ -1,0 +1,97 @@
+"""The way people know: ``set_attn_processor`` on pipelines and models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel.install import BoundProcessor
+from dit_accel.processors import RadialAttnProcessor
+
+
+def radial(**settings) -> RadialAttnProcessor:
+    return RadialAttnProcessor(block=64, dense_steps=0, dense_layers=0, **settings)
+
+
+def kinds_of(model) -> set[bool]:
+    return {isinstance(processor, BoundProcessor) for processor in model.attn_processors.values()}
+
+
+def test_on_a_pipeline_reaches_every_expert(subject):
+    subject.pipe.set_attn_processor(radial())
+    for name in ("transformer", "transformer_2"):
+        model = subject.pipe.components.get(name)
+        assert model is None or kinds_of(model) == {True}
+    subject.run()
+    report = dit_accel.acceleration_of(subject.pipe).report()
+    assert report.fallbacks == {} and all(site.dense_calls == 0 for site in report.sites)
+    assert sum(site.sparse_calls for site in report.sites) == 4 * 2 * 2  # steps x branches x layers
+
+
+def test_on_a_transformer_without_its_pipeline(t2v):
+    t2v.pipe.transformer.set_attn_processor(radial())
+    t2v.run()
+    handle = dit_accel.acceleration_of(t2v.pipe.transformer)
+    assert sum(site.sparse_calls for site in handle.report().sites) == 4 * 2 * 2
+    assert handle.clock.state.step == 3
+
+
+def test_a_fraction_needs_the_number_of_steps(i2v):
+    """The image-to-video pipeline names its branches but not its steps."""
+    i2v.pipe.transformer.set_attn_processor(RadialAttnProcessor(block=64, dense_steps=0.5))
+    with pytest.raises(ValueError, match="nobody says how many steps"):
+        i2v.run()
+    i2v.pipe.set_attn_processor(RadialAttnProcessor(block=64, dense_steps=0.5, dense_layers=0))
+    i2v.run()
+    report = dit_accel.acceleration_of(i2v.pipe).report()
+    assert {(site.dense_calls, site.sparse_calls) for site in report.sites} == {(4, 4)}
+
+
+def test_stock_processor_takes_ours_off(t2v):
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    stock = t2v.run()
+    for target in (t2v.pipe, t2v.pipe.transformer):
+        t2v.pipe.set_attn_processor(radial())
+        target.set_attn_processor(WanAttnProcessor())
+        assert kinds_of(t2v.pipe.transformer) == {False}
+        assert dit_accel.acceleration_of(t2v.pipe) is None
+        assert torch.equal(t2v.run(), stock)
+
+
+def test_a_dict_of_stock_processors_serves_both_experts(two_experts):
+    two_experts.pipe.set_attn_processor(radial())
+    stock = two_experts.pipe.transformer.attn_processors
+    replacement = {path: processor.stock for path, processor in stock.items()}
+    two_experts.pipe.set_attn_processor(replacement)
+    assert len(replacement) == 4
+    assert kinds_of(two_experts.pipe.transformer_2) == {False}
+
+
+def test_a_new_recipe_replaces_the_old_one(t2v):
+    t2v.pipe.set_attn_processor(radial(decay=0.2))
+    t2v.pipe.set_attn_processor(radial(decay=0.5))
+    assert dit_accel.acceleration_of(t2v.pipe).processor.decay == 0.5
+
+
+def test_a_recipe_put_on_a_module_by_hand_explains_itself(t2v):
+    t2v.pipe.transformer.blocks[0].attn1.processor = radial()
+    with pytest.raises(RuntimeError, match=r"set_attn_processor"):
+        t2v.run()
+
+
+def test_settings_rebuild_an_equal_recipe():
+    recipe = RadialAttnProcessor(rule="paper", block=64, decay=0.4, sink=False, dense_steps=3, dense_layers=[0, 2])
+    assert RadialAttnProcessor(**recipe.settings()).settings() == recipe.settings()
+
+
+def test_backend_chosen_later_reaches_the_stock_attention(t2v):
+    stock = t2v.run()
+    with dit_accel.accelerate(t2v.pipe, controls=[dit_accel.AttentionControl()]):
+        t2v.pipe.transformer.set_attention_backend("_native_math")
+        chosen = {str(processor._attention_backend) for processor in t2v.pipe.transformer.attn_processors.values()}
+        output = t2v.run()
+        t2v.pipe.transformer.reset_attention_backend()
+    assert len(chosen) == 1 and "math" in chosen.pop().lower()
+    assert torch.allclose(output, stock, atol=1e-4)
