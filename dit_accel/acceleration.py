@@ -127,7 +127,7 @@ class Acceleration:
         assert self.processor is not None and site.plan is not None
         if self.processor.backend != "auto":
             return self.processor.backend, "chosen by name"
-        module = next(module for module, known in installed.sites.items() if known is site)
+        module: Any = next(module for module, known in installed.sites.items() if known is site)
         weight = next(module.parameters())
         chosen = choose_backend(weight.device.type, weight.dtype, module.inner_dim // module.heads, site.plan)
         return chosen.backend, chosen.reason
@@ -174,8 +174,8 @@ def accelerate(
 
     Args:
         target: a diffusers pipeline, or its transformer or UNet.
-        attention: a method's name such as ``"radial"``, one of :mod:`dit_accel.processors`, or None to leave attention as
-            it is (with controls or hooks alone).
+        attention: a method's name such as ``"radial"``, one of :mod:`dit_accel.processors`, or None to leave attention
+            as it is (with controls or hooks alone).
         controls: attention controls, in the order in which they act.
         block_hooks: hooks around every transformer block, outermost first.
         **settings: settings of the method, when given by name.
@@ -217,6 +217,7 @@ def replace_processor(target: Any, processor: Any) -> None:
     if is_ours(processor):
         Acceleration(target, processor)
         return
+    root: Any
     for root in find_roots(target).values():
         root.set_attn_processor(dict(processor) if isinstance(processor, dict) else processor)
 

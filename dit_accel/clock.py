@@ -1,8 +1,8 @@
 """Which step of which generation is running, on which branch of guidance: one clock per pipeline.
 
-A call of the root model never says which sampling step it belongs to, so the clock puts it together from what is there,
-in this order of trust: an explicit :meth:`StepClock.set_step`, the context diffusers gives (``cache_context``), the
-pipeline's scheduler, the ``timestep`` argument. It never counts calls to guess parity.
+A call of the root model never says which sampling step it belongs to, so the clock puts it together from what is
+there, in this order of trust: an explicit :meth:`StepClock.set_step`, the context diffusers gives (``cache_context``),
+the pipeline's scheduler, the ``timestep`` argument. It never counts calls to guess parity.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ class StepClock:
         self._contexts: list[_Context] = []
         self._explicit = _Context()
         self._generation = -1
+        self._last_step: int | None = None
+        self._last_timestep: torch.Tensor | None = None
+        self._last_layout: TokenLayout | None = None
+        self._ordinal = 0
+        self._seen: list[str] = []
         self._schedule: torch.Tensor | None = None
         self._indices: torch.Tensor | None = None
         self._restart()
@@ -106,11 +111,9 @@ class StepClock:
 
     def _restart(self) -> None:
         self._generation += 1
-        self._last_step: int | None = None
-        self._last_timestep: torch.Tensor | None = None
-        self._last_layout: TokenLayout | None = None
+        self._last_step = self._last_timestep = self._last_layout = None
         self._ordinal = 0
-        self._seen: list[str] = []
+        self._seen = []
 
     def _scheduler(self) -> Any | None:
         pipeline = self._pipeline() if self._pipeline is not None else None
@@ -146,19 +149,19 @@ class StepClock:
             if source.step is not None:
                 return source.step, source.steps or count
         if self._schedule is not None:
-            return self._index_in_schedule(timestep), count
+            return self._index_in_schedule(self._schedule, timestep), count
         if self._last_step is None:
             return 0, None
         return self._last_step + (_value(timestep) != _value(self._last_timestep)), None
 
-    def _index_in_schedule(self, timestep: torch.Tensor | None) -> int:
+    def _index_in_schedule(self, schedule: torch.Tensor, timestep: torch.Tensor | None) -> int:
         """The scheduler's own counter where it keeps one, else the place of the timestep in its list."""
-        scheduler = self._scheduler()
+        scheduler: Any = self._scheduler()
         if hasattr(scheduler, "step_index"):
             index = scheduler.step_index
             return int(index if index is not None else getattr(scheduler, "begin_index", None) or 0)
         if self._indices is None:
-            self._indices = self._schedule.detach().float().cpu()
+            self._indices = schedule.detach().float().cpu()
         return int((self._indices - _value(timestep)).abs().argmin())
 
 

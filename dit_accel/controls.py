@@ -45,8 +45,8 @@ class AttentionCall:
 class AttentionControl:
     """Base class; override :meth:`before`, :meth:`after` or :meth:`record`.
 
-    Tensors are ``[batch, heads, tokens, head_dim]`` views. Image-to-video models attend to the image by a second call at
-    the same cross-attention site; a control then sees both calls.
+    Tensors are ``[batch, heads, tokens, head_dim]`` views. Image-to-video models attend to the image by a second call
+    at the same cross-attention site; a control then sees both calls.
 
     Args:
         kinds: kinds of sites it acts on.

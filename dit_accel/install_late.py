@@ -1,7 +1,7 @@
 """Makes diffusers' own ``set_attn_processor`` accept our processors, without importing diffusers to do so.
 
-Two classes of diffusers are extended, whenever they are imported: pipelines gain ``set_attn_processor`` (they have none),
-and that of the models hands our processors to :func:`dit_accel.accelerate`. Nothing changes for stock processors.
+Two classes of diffusers are extended, whenever they are imported. Pipelines gain ``set_attn_processor``, which they
+lack; that of the models hands our processors to :func:`dit_accel.accelerate`. Nothing changes for stock processors.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _extend_pipelines(module: ModuleType) -> None:
-    def set_attn_processor(self: Any, processor: Any) -> None:
+    def set_attn_processor(self: Any, processor: Any) -> None:  # noqa: D417
         """Sets the attention processor of every transformer or UNet of this pipeline.
 
         Args:

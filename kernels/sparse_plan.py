@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Upper bound for one temporary of `Band.pairs_per_block`, in elements.
-_COUNT_CHUNK = 1 << 24
+_COUNT_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)

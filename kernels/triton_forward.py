@@ -185,10 +185,14 @@ class LaunchConfig:
     stages: int
 
 
+# By padded head dim.  float32 is there to be right, not fast: above 64 it spills a few registers.
+_FLOAT32 = {64: LaunchConfig(64, 32, 8, 2), 128: LaunchConfig(32, 16, 4, 1), 256: LaunchConfig(16, 16, 4, 1)}
+
+
 def launch_config(
     capability: tuple[int, int] | None, itemsize: int, head_dim: int, block_q: int, block_kv: int
 ) -> LaunchConfig:
-    """Picks tiles that divide the plan's blocks; checked offline to compile without register spills.
+    """Picks tiles that divide the plan's blocks; 16-bit ones are checked offline to compile without register spills.
 
     Args:
         capability: CUDA compute capability, or None for other hardware.
@@ -200,12 +204,21 @@ def launch_config(
     Returns:
         The configuration.
     """
-    wide = triton.next_power_of_2(head_dim) * itemsize > 256
-    tile_m, tile_n = (64, 32) if wide else (128, 64)
-    stages = 3 if capability is not None and capability[0] >= 9 and not wide else 2
-    tile_m = min(tile_m, _power_of_two_divisor(block_q))
-    tile_n = min(tile_n, _power_of_two_divisor(block_kv))
-    return LaunchConfig(tile_m, tile_n, warps=8 if tile_m >= 128 else 4, stages=stages)
+    pad_dim = max(16, triton.next_power_of_2(head_dim))
+    if itemsize == 4:
+        config = _FLOAT32[max(64, pad_dim)]
+    elif pad_dim > 128:
+        config = LaunchConfig(64, 32, 8, 2)
+    else:
+        major = 0 if capability is None else capability[0]
+        # Blackwell spills 16 bytes at head dim 64 with eight warps.  Before Hopper, shared memory holds two stages.
+        warps = 4 if major >= 10 and pad_dim <= 64 else 8
+        config = LaunchConfig(128, 64, warps, 3 if major >= 9 else 2)
+    tile_m = min(config.tile_m, _power_of_two_divisor(block_q))
+    tile_n = min(config.tile_n, _power_of_two_divisor(block_kv))
+    # Warps work on 16 rows at least; fewer rows than planned need fewer warps.
+    warps = config.warps if tile_m == config.tile_m else min(config.warps, 4)
+    return LaunchConfig(tile_m, tile_n, warps, config.stages)
 
 
 def _power_of_two_divisor(block: int) -> int:

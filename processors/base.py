@@ -22,8 +22,8 @@ PUBLISHED_WARM_UP = 0.24  # 12 of 50 steps, what the papers of this field run de
 class SparseAttnProcessor(ABC):
     """A recipe for sparse attention, given to ``set_attn_processor`` or :func:`dit_accel.accelerate`.
 
-    The recipe itself never runs: installing it puts one bound processor on every attention module, and those ask it for
-    plans. It holds settings only, so one recipe may serve several pipelines.
+    The recipe itself never runs: installing it puts one bound processor on every attention module, and those ask it
+    for plans. It holds settings only, so one recipe may serve several pipelines.
 
     Args:
         dense_steps: sampling steps that stay dense at the start; an int counts steps, a float is a fraction of all.
@@ -59,8 +59,7 @@ class SparseAttnProcessor(ABC):
         """Refuses: a recipe put on a module by hand has no plan to follow."""
         raise RuntimeError(
             f"{type(self).__name__} was put on an attention module by hand; install it with "
-            "pipe.set_attn_processor(...), pipe.transformer.set_attn_processor(...) or dit_accel.accelerate(pipe, ...), "
-            "after `import dit_accel`"
+            "pipe.set_attn_processor(...), pipe.transformer.set_attn_processor(...) or dit_accel.accelerate(pipe, ...)"
         )
 
     def __repr__(self) -> str:

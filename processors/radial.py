@@ -27,7 +27,7 @@ class RadialAttnProcessor(SparseAttnProcessor):
         block: tokens per block of queries and of keys, 64 or 128.
         decay: width factor of the authors' rule; larger keeps more. They use 0.2 for Wan 2.1, 0.95 for HunyuanVideo.
         sink: whether every query sees the whole first frame.
-        mask: ``"block"`` keeps or drops whole blocks, ``"element"`` follows the rule exactly inside the blocks it touches.
+        mask: ``"block"`` keeps or drops whole blocks, ``"element"`` follows the rule exactly inside them.
         dense_steps: sampling steps that stay dense; 12 of 50 in the paper, hence the fraction 0.24.
         dense_layers: layers that stay dense; the authors keep the first.
         backend: kernel backend.

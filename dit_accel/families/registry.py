@@ -29,7 +29,7 @@ class Family:
     """
 
     root_class: str
-    layout: Callable[[nn.Module, Mapping[str, Any]], TokenLayout]
+    layout: Callable[[Any, Mapping[str, Any]], TokenLayout]
     site_kind: Callable[[str, nn.Module], str | None]
     block_lists: tuple[str, ...]
     pipeline_roots: tuple[str, ...] = ("transformer", "transformer_2")

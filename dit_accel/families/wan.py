@@ -11,7 +11,7 @@ from ..layout import TokenLayout
 from .registry import Family, register_family
 
 
-def _layout(root: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+def _layout(root: Any, arguments: Mapping[str, Any]) -> TokenLayout:
     _, _, frames, height, width = arguments["hidden_states"].shape
     patch_frames, patch_height, patch_width = root.config.patch_size
     return TokenLayout.video_only((frames // patch_frames, height // patch_height, width // patch_width))

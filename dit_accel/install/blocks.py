@@ -32,9 +32,7 @@ class BlockInfo:
 class BlockHook:
     """Base class of what acts on whole blocks; override :meth:`around`."""
 
-    def around(
-        self, block: BlockInfo, state: StepState, run: Callable[[], Any], arguments: Mapping[str, Any]
-    ) -> Any:
+    def around(self, block: BlockInfo, state: StepState, run: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
         """Returns the block's output: that of ``run()``, which computes it, or a prediction of it.
 
         Args:
@@ -52,15 +50,15 @@ class BlockRecorder(BlockHook):
     def __init__(self) -> None:
         self.ran: list[tuple[int, str, str, int]] = []
 
-    def around(
-        self, block: BlockInfo, state: StepState, run: Callable[[], Any], arguments: Mapping[str, Any]
-    ) -> Any:
+    def around(self, block: BlockInfo, state: StepState, run: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
         """Runs the block and notes that it did."""
         self.ran.append((state.step, state.branch, block.expert, block.index))
         return run()
 
 
-def wrap_block(module: nn.Module, info: BlockInfo, clock: StepClock, hooks: tuple[BlockHook, ...]) -> Callable[[], None]:
+def wrap_block(
+    module: nn.Module, info: BlockInfo, clock: StepClock, hooks: tuple[BlockHook, ...]
+) -> Callable[[], None]:
     """Puts hooks around a block's forward; the first hook is outermost.
 
     Returns:

@@ -1,8 +1,8 @@
 """The attend seam: the stock processor runs, and only its attention function is ours.
 
 A stock processor reaches attention through one of two global names of its module, ``dispatch_attention_fn`` (tokens
-before heads) or ``F.scaled_dot_product_attention`` (heads before tokens). We run the stock code with its own copy of those
-globals, in which both names lead to a :class:`Site`. No projection, norm or rotary code is copied.
+before heads) or ``F.scaled_dot_product_attention`` (heads before tokens). We run the stock code with its own copy of
+those globals, in which both names lead to a :class:`Site`. No projection, norm or rotary code is copied.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ class BoundProcessor:
 
 
 @functools.cache
-def bound_class(stock_class: type) -> type[BoundProcessor]:
-    """A :class:`BoundProcessor` whose ``__call__`` shows the stock signature: attention modules drop keyword arguments
-    that the signature does not name."""
+def bound_class(stock_class: Any) -> type[BoundProcessor]:
+    """A :class:`BoundProcessor` whose ``__call__`` shows the stock signature.
+
+    Attention modules drop keyword arguments that the signature of their processor does not name.
+    """
     stock_call = inspect.unwrap(stock_class.__call__)
     call = functools.wraps(stock_call)(lambda self, *args, **kwargs: self._code(self, *args, **kwargs))
     return type(f"Bound{stock_class.__name__}", (BoundProcessor,), {"__call__": call})
@@ -60,7 +62,8 @@ def bind(stock: Any, site: Site) -> BoundProcessor:
     Raises:
         TypeError: if the stock processor does not call attention by a name we can redirect.
     """
-    return bound_class(type(stock))(stock, site)
+    stock_class: Any = type(stock)
+    return bound_class(stock_class)(stock, site)
 
 
 def rebind(stock: Any, site: Site) -> Callable[..., Any]:
@@ -71,7 +74,7 @@ def rebind(stock: Any, site: Site) -> Callable[..., Any]:
     if not names & {"dispatch_attention_fn", "scaled_dot_product_attention"}:
         raise TypeError(
             f"{type(stock).__name__} at {site.info.path} calls neither dispatch_attention_fn nor "
-            "F.scaled_dot_product_attention, so its attention cannot be redirected; restore the default processors first"
+            "F.scaled_dot_product_attention, so its attention cannot be redirected; restore the default processors"
         )
     scope.pop("__name__", None)  # with it, torch.compile would look names up in the real module
     if "dispatch_attention_fn" in scope:

@@ -48,14 +48,17 @@ class RootInstallation:
         before_call: BeforeCall,
         after_call: AfterCall,
     ) -> None:
-        self.root, self.expert, self.clock = root, expert, clock
+        self.root: Any = root
+        self.expert, self.clock = expert, clock
         self.family: Family = family_of(root)
         self._before_call, self._after_call = before_call, after_call
         self._signature = inspect.signature(type(root).forward)
         self._outside = False  # whether the clock is kept by the wrapper of compiled code, not by the hooks inside it
         self._undo: list[Callable[[], None]] = []
         if getattr(root, "_compiled_call_impl", None) is not None:
-            raise ValueError(f"{type(root).__name__} is compiled already; accelerate it first, then call its compile()")
+            raise ValueError(
+                f"{type(root).__name__} is compiled already; accelerate it first, then call its compile()"
+            )
         self.sites: dict[nn.Module, Site] = self._find_sites(controls)
         try:
             self._install(block_hooks)
@@ -115,7 +118,7 @@ class RootInstallation:
             seen[kind] += 1
         return sites
 
-    def _bind(self, module: nn.Module, site: Site) -> None:
+    def _bind(self, module: Any, site: Site) -> None:
         stock = module.processor
         if isinstance(stock, BoundProcessor):
             raise ValueError(f"{site.info.path} is accelerated already; call remove() on its handle first")

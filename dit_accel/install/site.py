@@ -19,8 +19,8 @@ Stock = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class Site:
     """State of one attention module between :meth:`prepare`, which decides, and :meth:`attend`, which obeys.
 
-    The split keeps decisions out of compiled code: there, only ``is_stock`` and the plan's tensors are looked at, never a
-    layer or step number.
+    The split keeps decisions out of compiled code, where only ``is_stock`` and the tensors of the plan are looked at,
+    never a layer or step number.
 
     Args:
         info: where the module is.
@@ -38,7 +38,7 @@ class Site:
         self.backend = "auto"
 
     def prepare(self, state: StepState, plan: SparsePlan | None) -> None:
-        """Sets what the next call does: sparse by ``plan``, or the stock attention if it is None; and which controls act."""
+        """Sets what the next call does: sparse by ``plan``, or stock if it is None; and which controls act."""
         self.plan = plan
         self.active = tuple(control for control in self.controls if control.acts_at(state))
         self.call = AttentionCall(self.info, state) if self.active else None
@@ -49,12 +49,21 @@ class Site:
         self.plan, self.active, self.call, self.is_stock = None, (), None, True
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None, plain: bool, stock: Stock
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float | None,
+        plain: bool,
+        stock: Stock,
     ) -> torch.Tensor:
         """One attention call, ``[batch, heads, tokens, head_dim]`` in and out.
 
         Args:
-            query, key, value: as the stock processor made them, rotary embedding applied.
+            query: as the stock processor made it, rotary embedding applied.
+            key: likewise.
+            value: likewise.
             scale: softmax scale, None for the usual one.
             plain: whether there is no mask, dropout, causality or context parallelism.
             stock: what the stock processor would have called.
@@ -69,7 +78,13 @@ class Site:
         return output
 
     def _compute(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, plain: bool, stock: Stock
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        plain: bool,
+        stock: Stock,
     ) -> torch.Tensor:
         plan = self.plan
         if plan is None:

@@ -90,14 +90,6 @@ class PlanPolicy:
         """Names what `is_dense` decides."""
         return "dense" if self.is_dense(step_index, num_steps, layer) else "sparse"
 
-    def settings(self) -> dict[str, Any]:
-        """Gives the constructor arguments by name, with layers as a sorted list, for reports."""
-        layers = self.dense_layers
-        return {
-            "dense_steps": self.dense_steps,
-            "dense_layers": sorted(layers) if isinstance(layers, Collection) else layers,
-        }
-
     def _is_dense_layer(self, layer: int) -> bool:
         if isinstance(self.dense_layers, Collection):
             return layer in self.dense_layers

@@ -1,4 +1,4 @@
-"""The shapes world: a closed procedural world, a pipeline trained on it that ships here, and a judge that knows the truth."""
+"""The shapes world: a closed procedural world, a pipeline trained on it, and a judge that knows the truth."""
 
 from __future__ import annotations
 

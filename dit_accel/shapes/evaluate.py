@@ -154,6 +154,6 @@ def _check(video: torch.Tensor) -> None:
         )
     if not video.is_floating_point():
         raise ValueError(f"expected floating point values in [0, 1], got {video.dtype}; divide 8-bit values by 255")
-    low, high = float(video.min()), float(video.max())
+    low, high = float(video.detach().min()), float(video.detach().max())
     if not (low >= -0.5 and high <= 1.5):  # also catches NaN; noise may overshoot the range a little
         raise ValueError(f"expected values in [0, 1], got {low:.3g} to {high:.3g}; map [-1, 1] by video / 2 + 0.5")

@@ -13,7 +13,7 @@ from .world import Attributes
 COLUMNS = 4
 SIDE = 224  # pixels of a cell's longer side
 MARGIN, LINE = 8, 18
-INK, FAINT, WRONG = (20, 20, 20), (110, 110, 110), (200, 0, 0)
+INK, FAINT, WRONG, EDGE = (20, 20, 20), (110, 110, 110), (200, 0, 0), (210, 210, 210)
 MARK = 5  # radius of the marks at both ends of the track
 
 Cell = tuple[Image.Image, Attributes, Record]
@@ -28,8 +28,8 @@ def middle_frame(video: torch.Tensor) -> Image.Image:
 def draw_grid(cells: Sequence[Cell]) -> Image.Image:
     """Draws one cell per clip: its middle frame, its attributes and what :func:`.sampling.judged` said of it.
 
-    A ring marks where the shape was first seen, a dot where it was last seen. Wrong words of the prompt are red, with
-    what was seen instead below.
+    A black dot marks where the shape was first seen, a white one where it was last seen. Wrong words of the prompt are
+    red, with what was seen instead below, or a question mark where the clip does not decide it.
     """
     width, height = _fitted(cells[0][0])
     rows = -(-len(cells) // COLUMNS)
@@ -39,7 +39,9 @@ def draw_grid(cells: Sequence[Cell]) -> Image.Image:
     for index, (frame, attributes, judgement) in enumerate(cells):
         corner = (MARGIN + index % COLUMNS * step_x, MARGIN + index // COLUMNS * step_y)
         sheet.paste(_marked(frame, judgement["track"], (width, height)), corner)
-        _caption(ImageDraw.Draw(sheet), (corner[0], corner[1] + height + 2), attributes, judgement)
+        pen = ImageDraw.Draw(sheet)
+        pen.rectangle([corner[0] - 1, corner[1] - 1, corner[0] + width, corner[1] + height], outline=EDGE)
+        _caption(pen, (corner[0], corner[1] + height + 2), attributes, judgement)
     return sheet
 
 
@@ -57,9 +59,8 @@ def _marked(frame: Image.Image, track: list[list[float]] | None, size: tuple[int
     first, last = ((x * scale, y * scale) for x, y in track)
     for color, line in (("black", 4), ("white", 2)):  # white on black shows on every colour
         pen.line([first, last], fill=color, width=line)
-    for (x, y), fill in ((first, None), (last, "white")):
-        pen.ellipse([x - MARK, y - MARK, x + MARK, y + MARK], fill=fill, outline="black", width=1)
-        pen.ellipse([x - MARK + 1, y - MARK + 1, x + MARK - 1, y + MARK - 1], fill=fill, outline="white", width=2)
+    for (x, y), fill, outline in ((first, "black", "white"), (last, "white", "black")):
+        pen.ellipse([x - MARK, y - MARK, x + MARK, y + MARK], fill=fill, outline=outline, width=1)
     return cell
 
 
@@ -70,9 +71,9 @@ def _caption(pen: ImageDraw.ImageDraw, corner: tuple[int, int], attributes: Attr
         [("a", FAINT), said["color"], said["shape"], ("moving", FAINT), said["motion"]],
         [("on a", FAINT), said["background"], ("background", FAINT)],
     ]
-    wrong = [f"{slot}: {judgement['seen'][slot] or 'undecided'}" for slot in right if not right[slot]]
+    wrong = [judgement["seen"][slot] or "?" for slot in right if not right[slot]]
     if wrong:
-        lines.append([("seen " + ", ".join(wrong), WRONG)])
+        lines.append([("seen: " + ", ".join(wrong), WRONG)])
     for number, words in enumerate(lines):
         x, y = corner[0], corner[1] + number * LINE
         for word, ink in words:

@@ -39,7 +39,7 @@ def build_vae() -> AutoencoderKLWan:
 
 
 def build_transformer() -> WanTransformer3DModel:
-    """A Wan transformer of 3.4 M parameters; head size 64, as in many large models, so that kernels meet real tiles."""
+    """A Wan transformer of 3.3 M parameters; head size 64, as in large models, so that kernels meet real tiles."""
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(

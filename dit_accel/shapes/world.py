@@ -1,7 +1,7 @@
 """A small procedural world with known truth: one coloured shape moving over a plain background.
 
-Every clip is described by a :class:`Scene`, drawn by :func:`render` and named by one prompt. The vocabulary is closed, so
-a prompt can be parsed back (:func:`parse_prompt`) and a video can be judged without a neural network
+Every clip is described by a :class:`Scene`, drawn by :func:`render` and named by one prompt. The vocabulary is closed,
+so a prompt can be parsed back (:func:`parse_prompt`) and a video can be judged without a neural network
 (:mod:`dit_accel.shapes.evaluate`).
 """
 

@@ -87,3 +87,10 @@ def test_bad_policies_are_refused(options: dict[str, Any], error: type[Exception
 def test_places_outside_the_run_are_refused(place: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PlanPolicy().is_dense(*place)
+
+
+def test_unknown_number_of_steps() -> None:
+    counted = PlanPolicy(dense_steps=2, dense_layers=0)
+    assert [counted.is_dense(step, None, 0) for step in range(4)] == [True, True, False, False]
+    with pytest.raises(ValueError, match="dense_steps"):
+        PlanPolicy(dense_steps=0.5).is_dense(0, None, 0)

@@ -100,7 +100,7 @@ def test_failed_installation_leaves_nothing(two_experts, monkeypatch):
 
     foreign = Foreign()
     monkeypatch.setattr(two_experts.pipe.transformer_2.blocks[1].attn1, "processor", foreign)
-    with pytest.raises(TypeError, match="Foreign at blocks.1.attn1"):
+    with pytest.raises(TypeError, match=r"Foreign at blocks\.1\.attn1"):
         everything_on(two_experts.pipe)
     monkeypatch.undo()
     assert state_of(two_experts.pipe) == before

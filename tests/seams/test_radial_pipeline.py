@@ -1,4 +1,4 @@
-"""Radial attention on whole pipelines: equal to masked dense attention, repeatable, per sample, honest about itself."""
+"""Radial attention on whole pipelines: equal to masked dense attention, repeatable, per sample, honest."""
 
 from __future__ import annotations
 

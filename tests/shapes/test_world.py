@@ -101,12 +101,12 @@ def test_an_unknown_word_is_named_with_the_choices(wrong: Attributes, choices: t
 
 @pytest.mark.parametrize("prompt", ["", "a red circle", "two red circles moving left on a gray background"])
 def test_another_sentence_is_refused_with_the_grammar(prompt: str) -> None:
-    with pytest.raises(ValueError, match="moving {motion} on a {background} background"):
+    with pytest.raises(ValueError, match=r"moving \{motion\} on a \{background\} background"):
         parse_prompt(prompt)
 
 
 def test_an_unknown_outline_is_refused() -> None:
-    with pytest.raises(ValueError, match="hexagon.*circle, square, triangle"):
+    with pytest.raises(ValueError, match=r"hexagon.*circle, square, triangle"):
         signed_distance("hexagon", torch.zeros(1), torch.zeros(1), 1.0)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
 
-from ..world import render, sample_scene
+from ..world import Scene, render, sample_scene
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ FULL = ClipSize(frames=33, side=256, clips=512)
 
 
 @torch.no_grad()
-def encoded_clips(vae: AutoencoderKLWan, size: ClipSize, folder: Path, device: str = "cpu") -> dict:
+def encoded_clips(vae: AutoencoderKLWan, size: ClipSize, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Loads the encoded set of one size, making it first if need be.
 
     Returns:
@@ -50,7 +51,7 @@ def encoded_clips(vae: AutoencoderKLWan, size: ClipSize, folder: Path, device: s
     return torch.load(file, weights_only=True)
 
 
-def _encode(vae: AutoencoderKLWan, scene, size: ClipSize, device: str) -> torch.Tensor:
+def _encode(vae: AutoencoderKLWan, scene: Scene, size: ClipSize, device: str) -> torch.Tensor:
     video = render(scene, size.frames, size.side, size.side).video.transpose(0, 1)[None] * 2 - 1
     latent = vae.encode(video.to(device, vae.dtype)).latent_dist.mode()[0].float().cpu()
     mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1, 1)

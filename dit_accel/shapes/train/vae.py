@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import unittest.mock
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
 
 from ..recipe import build_vae
 from ..world import Scene, all_attributes, render, sample_scene
@@ -56,17 +58,14 @@ def crops(step: int) -> torch.Tensor:
     return torch.stack(videos) * 2 - 1
 
 
-def decode_unclamped(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """Decodes as ``vae.decode`` does, but keeps gradients alive beyond [-1, 1], where the stock call clamps."""
-    clamp, torch.clamp = torch.clamp, lambda value, **_: value
-    try:
+    with unittest.mock.patch("torch.clamp", lambda value, **limits: value):
         return vae.decode(latents).sample
-    finally:
-        torch.clamp = clamp
 
 
 @torch.no_grad()
-def measure_latents(vae: torch.nn.Module, device: str, clips: int = 48) -> None:
+def measure_latents(vae: AutoencoderKLWan, device: str, clips: int = 48) -> None:
     """Sets ``latents_mean`` and ``latents_std`` so that the transformer sees channels of unit variance."""
     rng = random.Random("latent statistics")
     means = []
@@ -78,7 +77,7 @@ def measure_latents(vae: torch.nn.Module, device: str, clips: int = 48) -> None:
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: torch.nn.Module, clips: int = 16, frames: int = 33, side: int = 256) -> list[float]:
+def reconstruction_psnr(vae: AutoencoderKLWan, clips: int = 16, frames: int = 33, side: int = 256) -> list[float]:
     """PSNR in dB of encode-decode on clips training never saw, one value a clip."""
     rng, values = random.Random("held-out reconstruction"), []
     for _ in range(clips):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -42,24 +43,31 @@ class TextConditioned(nn.Module):
 class CountedPadding(WanAttnProcessor):
     """Cross-attention over the real tokens and one padding token that counts for all of them.
 
-    ``WanPipeline`` pads prompts to 512 tokens with zeros; 500 equal keys weigh what one key with ``log 500`` added to its
-    score weighs, at a fortieth of the cost.
+    ``WanPipeline`` pads prompts to 512 tokens with zeros; 500 equal keys weigh what one key with ``log 500`` added to
+    its score weighs, at a fortieth of the cost.
     """
 
     bias: torch.Tensor | None = None
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """As the stock processor, with the count added to the scores."""
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
 
     @classmethod
-    def install(cls, transformer: nn.Module) -> None:
+    def install(cls, transformer: Any) -> None:
         """Puts one on every cross-attention."""
         for block in transformer.blocks:
             block.attn2.set_processor(cls())
 
     @staticmethod
-    def set_bias(transformer: nn.Module, mask: torch.Tensor) -> None:
+    def set_bias(transformer: Any, mask: torch.Tensor) -> None:
         """Tells every cross-attention which tokens are real, ``mask`` ``[B, L]`` (the padding token follows them)."""
         bias = torch.full((*mask.shape[:1], mask.shape[1] + 1), -math.inf)
         bias[:, :-1].masked_fill_(mask.bool().cpu(), 0.0)
@@ -79,7 +87,7 @@ def train_wan(folder: Path, vae_folder: Path, steps: int = 2800, device: str = "
     trainer = Trainer(model, optimizers(model), LoopConfig(steps=steps, warmup=200), folder)
     CountedPadding.install(model.transformer)
     tokenizer = build_tokenizer()
-    data: dict[ClipSize, dict] = {}
+    data: dict[ClipSize, dict[str, Any]] = {}
 
     def loss_at(step: int) -> torch.Tensor:
         rng = random.Random(f"batch {step}")
@@ -93,7 +101,7 @@ def train_wan(folder: Path, vae_folder: Path, steps: int = 2800, device: str = "
     trainer.fit(loss_at)
 
 
-def draw(data: dict, batch: int, rng: random.Random) -> tuple[torch.Tensor, list[str]]:
+def draw(data: dict[str, Any], batch: int, rng: random.Random) -> tuple[torch.Tensor, list[str]]:
     """A batch of latents and prompts; some prompts are emptied."""
     chosen = [rng.randrange(len(data["prompts"])) for _ in range(batch)]
     prompts = ["" if rng.random() < PROMPT_DROPOUT else data["prompts"][index] for index in chosen]
