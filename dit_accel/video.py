@@ -175,7 +175,8 @@ def _encode(path: Path, pixels: Floats, fps: float, comment: str, crf: float) ->
         stream = container.add_stream(ENCODER, rate=Fraction(fps).limit_denominator(65535))
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv420p" if even else "yuv444p"
-        stream.options = {"crf": str(crf)}
+        # x264's fast arithmetic depends on where its buffers happen to lie; one video must always give one file.
+        stream.options = {"crf": str(crf), "x264-params": "cpu-independent=1"}
         _tag_colours(stream)
         for frame in _planar_frames(pixels, even):
             container.mux(stream.encode(frame))

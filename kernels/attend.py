@@ -129,7 +129,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got shape {tuple(tensor.shape)}.")
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} is {tensor.dtype}; accepted are float32, float16 and bfloat16. Convert it first.")
+            raise ValueError(
+                f"{name} is {tensor.dtype}; accepted are float32, float16 and bfloat16. Convert it first."
+            )
         if tensor.dtype != q.dtype or tensor.device != q.device:
             raise ValueError(
                 f"q is {q.dtype} on {q.device}, but {name} is {tensor.dtype} on {tensor.device}. Make them the same."

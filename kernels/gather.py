@@ -16,7 +16,7 @@ from .sparse_plan import SparsePlan
 
 # Gathered keys and values of one dense call, in bytes.  A chunk that stays in the CPU caches is fastest; a GPU wants
 # larger calls.
-_CHUNK_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
+_CHUNK_BYTES = {"cpu": 4 << 20, "other": 256 << 20}
 # Scores of one dense call where they are held in memory (no fused kernel with log-sum-exp), in bytes.
 _SCORE_BYTES = 256 << 20
 
@@ -129,7 +129,7 @@ def _attend_group(
 
 def _attend_banded_rows(data: _Blocked, plan: SparsePlan, scale: float, batch: int, heads: int) -> None:
     """Handles the rows with PARTIAL blocks.  A mask is built once per plan row and used by all heads that share it."""
-    plan_batch, plan_heads, rows = plan.counts.shape
+    plan_batch, plan_heads = plan.counts.shape[:2]
     mixed = (plan.full_counts < plan.counts).nonzero()
     counts = plan.counts[mixed.unbind(-1)].tolist() if mixed.numel() else []
     full = plan.full_counts[mixed.unbind(-1)].tolist() if mixed.numel() else []
@@ -143,7 +143,7 @@ def _attend_banded_rows(data: _Blocked, plan: SparsePlan, scale: float, batch: i
 
 
 def _row_mask(plan: SparsePlan, row: int, blocks: Tensor, whole: int) -> Tensor:
-    """bool `[block_q, count * block_kv]`: length everywhere, the band behind the first `whole` blocks."""
+    """Mask `[block_q, count * block_kv]`: length everywhere, the band behind the first `whole` blocks."""
     kv = (blocks[:, None] * plan.block_kv + torch.arange(plan.block_kv, device=blocks.device)).reshape(-1)
     keep = (kv < plan.kv_len).repeat(plan.block_q, 1)
     if plan.band is not None:
@@ -180,7 +180,9 @@ def _rows_per_call(q: Tensor, gathered: int, scores: int) -> int:
     return max(1, min(_CHUNK_BYTES["other"] // (gathered * q.element_size()), _SCORE_BYTES // (scores * 4)))
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Dense attention with log-sum-exp for a stack of independent rows.
 
     Args:

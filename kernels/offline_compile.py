@@ -1,4 +1,4 @@
-"""Compiles the forward kernel for a GPU that is not there, and reads registers, spills and instructions off the result.
+"""Compiles the forward kernel for a GPU that is not there, and reads registers and spills off the result.
 
 Triton needs no driver to compile.  A kernel that spills registers to memory runs at a fraction of its speed, so the
 tests check every shipped configuration here.

@@ -66,9 +66,7 @@ def block_sparse_attention(
         ValueError: The named backend cannot run this call.
     """
     band = None if widths is None else Band(frame_tokens, widths, video_len, sink_tokens)
-    plan = SparsePlan(
-        q.shape[2], k.shape[2], block_q, block_kv, indices, counts, full_counts, _UNCOUNTED, band
-    )
+    plan = SparsePlan(q.shape[2], k.shape[2], block_q, block_kv, indices, counts, full_counts, _UNCOUNTED, band)
     call = Call.of(q, k, v, block_q, block_kv)
     support = choose(call) if backend == "auto" else check(backend, call)
     if not support.ok:

@@ -8,6 +8,9 @@ walked in steps of 64.
 Importing this module imports Triton but needs neither a GPU nor a driver.
 """
 
+# Kernel arguments are device values, for which Python has no types.
+# mypy: disable-error-code=no-untyped-def
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -210,15 +213,20 @@ def launch_config(
     elif pad_dim > 128:
         config = LaunchConfig(64, 32, 8, 2)
     else:
-        major = 0 if capability is None else capability[0]
-        # Blackwell spills 16 bytes at head dim 64 with eight warps.  Before Hopper, shared memory holds two stages.
-        warps = 4 if major >= 10 and pad_dim <= 64 else 8
-        config = LaunchConfig(128, 64, warps, 3 if major >= 9 else 2)
+        config = _sixteen_bit(0 if capability is None else capability[0], pad_dim, block_q)
     tile_m = min(config.tile_m, _power_of_two_divisor(block_q))
     tile_n = min(config.tile_n, _power_of_two_divisor(block_kv))
-    # Warps work on 16 rows at least; fewer rows than planned need fewer warps.
-    warps = config.warps if tile_m == config.tile_m else min(config.warps, 4)
-    return LaunchConfig(tile_m, tile_n, warps, config.stages)
+    return LaunchConfig(tile_m, tile_n, config.warps, config.stages)
+
+
+def _sixteen_bit(major: int, pad_dim: int, block_q: int) -> LaunchConfig:
+    datacentre = major in (9, 10)
+    stages = 3 if major >= 9 else 2
+    if block_q % 128:
+        # Four warps hold 64 rows; without Hopper's larger products they spill at 64 keys.
+        return LaunchConfig(64, 64 if datacentre or pad_dim <= 64 else 32, 4, stages)
+    # Data-centre Blackwell spills 16 bytes at head dim 64 with eight warps.
+    return LaunchConfig(128, 64, 4 if major == 10 and pad_dim <= 64 else 8, stages)
 
 
 def _power_of_two_divisor(block: int) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from dit_accel.metrics import describe_noise_floor, psnr, ssim
+
+
+Metric = Callable[[torch.Tensor, torch.Tensor], float]
 
 
 def pair(shape: tuple[int, ...] = (2, 3, 24, 17), noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +98,7 @@ def test_metrics_agree_with_torchmetrics() -> None:
         (torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), math.nan), "nan"),
     ],
 )
-def test_bad_input_is_refused(metric, a: torch.Tensor, b: torch.Tensor, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_bad_input_is_refused(metric: Metric, a: torch.Tensor, b: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         metric(a, b)
 

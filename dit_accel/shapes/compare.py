@@ -10,18 +10,8 @@ from pathlib import Path
 
 from ..metrics import psnr
 from .journal import Journal, Record, write_json
-from .sampling import (
-    Sample,
-    Sampler,
-    Settings,
-    accuracy,
-    add_arguments,
-    judged,
-    median_seconds,
-    prompts,
-    say,
-    settings_from,
-)
+from .sampling import Sample, Sampler, accuracy, judged, median_seconds, say
+from .settings import Settings, add_arguments, prompts, settings_from
 from .world import Attributes
 
 METHOD = "radial"

@@ -11,7 +11,8 @@ from PIL import Image
 from ..files import staged
 from .grid import draw_grid, middle_frame
 from .journal import Journal, Record, write_json
-from .sampling import Sampler, Settings, accuracy, add_arguments, judged, median_seconds, prompts, say, settings_from
+from .sampling import Sampler, accuracy, judged, median_seconds, say
+from .settings import Settings, add_arguments, prompts, settings_from
 from .world import Attributes
 
 GRID_CELLS = 16
