@@ -14,6 +14,7 @@ from .clock import StepClock, StepState
 from .controls import AttentionControl
 from .families import UnknownModelError, is_known
 from .install import BlockHook, RootInstallation
+from .kernels.support import Call, check, choose
 from .layout import TokenLayout
 from .processors.base import SparseAttnProcessor
 from .report import Report, SiteReport
@@ -104,8 +105,9 @@ class Acceleration:
         self._installed.append(installed)
         object.__setattr__(root, _HANDLE, self)
         if self.processor is not None:
-            for site in installed.sites.values():
+            for module, site in installed.sites.items():
                 if site.info.kind in self.processor.kinds:
+                    self._backend = self._choose_backend(module, self.processor)
                     site.backend = self.processor.backend
                     self._tally[site] = SiteReport(f"{expert}:{site.info.path}", site.info.kind)
 
@@ -118,18 +120,19 @@ class Acceleration:
         for site in installed.sites.values():
             sparse = self.processor is not None and self.processor.is_sparse(site.info, state)
             site.prepare(state, self._plan(state.layout, device) if sparse else None)
-            if sparse and self._backend is None:
-                self._backend = self._choose_backend(installed, site)
 
-    def _choose_backend(self, installed: RootInstallation, site: Site) -> tuple[str, str]:
-        from .kernels.attend import choose_backend
-
-        assert self.processor is not None and site.plan is not None
-        if self.processor.backend != "auto":
-            return self.processor.backend, "chosen by name"
-        module: Any = next(module for module, known in installed.sites.items() if known is site)
+    @staticmethod
+    def _choose_backend(module: Any, processor: SparseAttnProcessor) -> tuple[str, str]:
+        """Name and reason of the backend a module will use; refuses one asked for by name that cannot run here."""
         weight = next(module.parameters())
-        chosen = choose_backend(weight.device.type, weight.dtype, module.inner_dim // module.heads, site.plan)
+        head_dim = module.inner_dim // module.heads
+        call = Call(weight.device.type, weight.dtype, head_dim, processor.block, processor.block)
+        if processor.backend == "auto":
+            chosen = choose(call)
+        else:
+            chosen = check(processor.backend, call)
+        if not chosen.ok:
+            raise ValueError(f"the {chosen.backend} backend cannot run here: {chosen.reason}")
         return chosen.backend, chosen.reason
 
     def _after(self, installed: RootInstallation) -> None:

@@ -31,7 +31,7 @@ class Report:
 
     Attributes:
         method: the recipe, as text, or None if only controls or hooks are installed.
-        backend: kernel backend of the sparse calls, None before the first.
+        backend: kernel backend of the sparse calls, None without a method.
         backend_reason: why this backend.
         plan_density: kept share of (query, key) pairs in the plans in use, in (0, 1]; None before the first.
         steps: sampling steps seen in the latest generation.

@@ -174,10 +174,15 @@ def _attend_masked(
 
 
 def _rows_per_call(q: Tensor, gathered: int, scores: int) -> int:
-    if q.device.type == "cpu":
+    if _has_fused_lse(q.device):
         threads = torch.get_num_threads()
         return max(1, threads * _CHUNK_BYTES["cpu"] // (gathered * q.element_size()))
     return max(1, min(_CHUNK_BYTES["other"] // (gathered * q.element_size()), _SCORE_BYTES // (scores * 4)))
+
+
+def _has_fused_lse(device: torch.device) -> bool:
+    """Whether torch has a flash kernel here that returns the log-sum-exp and takes a mask."""
+    return device.type == "cpu"
 
 
 def dense_attention(
@@ -195,7 +200,7 @@ def dense_attention(
     Returns:
         `(out [N, M, D] in q's dtype, lse [N, M] float32)`.
     """
-    if q.device.type == "cpu":
+    if _has_fused_lse(q.device):
         mask = None if bias is None else bias[None, None]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q[None], k[None], v[None], attn_mask=mask, scale=scale

@@ -32,6 +32,7 @@ class SparseAttnProcessor(ABC):
     """
 
     kinds: tuple[str, ...] = ("self", "joint")
+    block: int = 128  # tokens per block of the plans it builds; what a kernel must be able to walk
 
     def __init__(
         self,

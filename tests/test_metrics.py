@@ -11,7 +11,6 @@ import torch
 
 from dit_accel.metrics import describe_noise_floor, psnr, ssim
 
-
 Metric = Callable[[torch.Tensor, torch.Tensor], float]
 
 

@@ -47,6 +47,9 @@ def _add_attention_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mask", choices=["block", "element"], help="radial: mask whole blocks, or single tokens")
     group.add_argument("--dense-steps", type=dense_steps, metavar="N", help="first steps (12, or 0.25 of all) dense")
     group.add_argument("--dense-layers", type=dense_layers, metavar="N", help="first layers, or a list (0,3), dense")
+    group.add_argument(
+        "--backend", choices=["auto", "triton", "gather", "reference"], help="radial: kernels to use (default: auto)"
+    )
 
 
 def _add_machine_arguments(group: argparse._ArgumentGroup) -> None:

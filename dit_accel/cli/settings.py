@@ -21,7 +21,7 @@ ARGUMENTS = {
     "guidance": "guidance_scale",
     "negative_prompt": "negative_prompt",
 }
-RADIAL_OPTIONS = ("decay", "block", "rule", "mask", "dense_steps", "dense_layers")
+RADIAL_OPTIONS = ("decay", "block", "rule", "mask", "dense_steps", "dense_layers", "backend")
 FPS = {"Wan": 16, "HunyuanVideo": 24, "LTX": 24, "CogVideoX": 8, "Mochi": 30}  # what their authors play them at
 OTHER_FPS = 16
 

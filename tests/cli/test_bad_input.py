@@ -266,3 +266,16 @@ def test_an_unexpected_error_is_one_line_too(render: Command, monkeypatch: pytes
 
     monkeypatch.setattr("diffusers.WanPipeline.prepare_latents", fail)
     assert_refused(render(), "unexpected RuntimeError: boom", "--debug", code=1)
+
+
+def test_a_backend_that_cannot_run_here(render: Command, tmp_path: Path) -> None:
+    result = render("--backend", "triton", "--device", "cpu")
+    assert_refused_last_line(result, "triton backend cannot run here", "--attention dense")
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_refused_last_line(result: Result, *parts: str) -> None:
+    """As :func:`assert_refused`, for errors found after the model was loaded, which may print progress."""
+    assert result.code == 2 and result.out == "", result
+    last = result.err.rstrip("\n").splitlines()[-1]
+    assert last.startswith("dit-accel: error: ") and all(part in last for part in parts), result.err
