@@ -66,7 +66,7 @@ def test_block_mask_survives_the_round_trip(lead: tuple[int, ...], block_q: int,
 def test_lists_hold_full_then_partial_blocks_ascending(lead: tuple[int, int]) -> None:
     keep = blocks(TOKENS, TOKENS, 128, 128, *lead)
     partial = keep & blocks(TOKENS, TOKENS, 128, 128, *lead, seed=1)
-    sizes = {"q_len": TOKENS, "kv_len": TOKENS, "block_q": 128, "block_kv": 128}
+    sizes: dict[str, Any] = {"q_len": TOKENS, "kv_len": TOKENS, "block_q": 128, "block_kv": 128}
     plan = plan_from_blocks(keep, partial=partial, band=make_band(), **sizes)
     assert torch.equal(plan.to_bool(full_only=True), keep & ~partial)
     for place in torch.cartesian_prod(*(torch.arange(n) for n in plan.counts.shape)).tolist():
@@ -116,7 +116,7 @@ def test_density_counts_pairs(banded: bool, lead: tuple[int, int]) -> None:
 
 
 def test_band_alone_finds_the_blocks_it_cuts() -> None:
-    sizes = {"q_len": TOKENS, "kv_len": TOKENS, "block_q": 64, "block_kv": 64}
+    sizes: dict[str, Any] = {"q_len": TOKENS, "kv_len": TOKENS, "block_q": 64, "block_kv": 64}
     everything = torch.ones_like(blocks(TOKENS, TOKENS, 64, 64))
     plan = plan_from_blocks(everything, band=make_band(), **sizes)
     assert torch.equal(plan.element_mask()[0, 0], brute_band(make_band(), TOKENS, TOKENS))
@@ -127,7 +127,7 @@ def test_band_alone_finds_the_blocks_it_cuts() -> None:
 def test_element_mask_is_in_the_original_order() -> None:
     order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(5))
     keep = blocks(TOKENS, TOKENS, 128, 128)
-    sizes = {"q_len": TOKENS, "kv_len": TOKENS, "block_q": 128, "block_kv": 128}
+    sizes: dict[str, Any] = {"q_len": TOKENS, "kv_len": TOKENS, "block_q": 128, "block_kv": 128}
     plan = plan_from_blocks(keep, order=order, **sizes)
     original = plan.element_mask()[0, 0]
     in_plan = plan_from_blocks(keep, **sizes).element_mask()[0, 0]
@@ -146,7 +146,7 @@ def test_plan_is_immutable_and_knows_its_size() -> None:
 
 def test_to_moves_every_tensor() -> None:
     keep = blocks(TOKENS, TOKENS, 64, 64)
-    sizes = {"q_len": TOKENS, "kv_len": TOKENS, "block_q": 64, "block_kv": 64}
+    sizes: dict[str, Any] = {"q_len": TOKENS, "kv_len": TOKENS, "block_q": 64, "block_kv": 64}
     plan = plan_from_blocks(keep, partial=keep, band=make_band(), order=torch.arange(TOKENS), **sizes).to("meta")
     assert plan.band is not None and plan.order is not None
     tensors = (plan.indices, plan.counts, plan.full_counts, plan.order, plan.band.widths)
