@@ -10,16 +10,27 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
+from ..recipe import SHIFT
 from ..world import Scene, render, sample_scene
 
 
 @dataclass(frozen=True)
 class ClipSize:
-    """A clip length and frame size in pixels, and how many such clips to encode."""
+    """A clip length and frame size, and how it is trained on.
+
+    Attributes:
+        frames: frames of a clip.
+        side: height and width in pixels.
+        clips: how many different clips to encode.
+        batch: clips per optimizer step.
+        shift: of the noise levels; larger clips need more noise before they are unrecognisable.
+    """
 
     frames: int
     side: int
     clips: int
+    batch: int
+    shift: float
 
     @property
     def name(self) -> str:
@@ -27,8 +38,8 @@ class ClipSize:
         return f"latents-{self.frames}x{self.side}x{self.side}-{self.clips}.pt"
 
 
-SMALL = ClipSize(frames=17, side=128, clips=3072)
-FULL = ClipSize(frames=33, side=256, clips=512)
+SMALL = ClipSize(frames=17, side=128, clips=3072, batch=16, shift=8.0)
+FULL = ClipSize(frames=33, side=256, clips=512, batch=3, shift=SHIFT)
 
 
 @torch.no_grad()

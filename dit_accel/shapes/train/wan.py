@@ -16,7 +16,6 @@ from ..recipe import TEXT_LENGTH, build_text_encoder, build_tokenizer, build_tra
 from .latents import FULL, SMALL, ClipSize, encoded_clips
 from .loop import LoopConfig, Trainer
 
-BATCH = {SMALL: 16, FULL: 3}
 SMALL_PART = 0.71  # of the steps train on small clips alone; after it full clips join
 FULL_SHARE = 0.85  # of the steps that follow
 PROMPT_DROPOUT = 0.1  # share of empty prompts, which classifier-free guidance needs
@@ -94,9 +93,9 @@ def train_wan(folder: Path, vae_folder: Path, steps: int = 3800, device: str = "
         size = FULL if step > SMALL_PART * steps and rng.random() < FULL_SHARE else SMALL
         if size not in data:
             data[size] = encoded_clips(vae, size, folder, device)
-        clean, prompts = draw(data[size], BATCH[size], rng)
+        clean, prompts = draw(data[size], size.batch, rng)
         text = tokenizer(prompts, padding=True, return_tensors="pt").to(device)
-        return flow_loss(model, clean.to(device), text.input_ids, text.attention_mask)
+        return flow_loss(model, clean.to(device), text.input_ids, text.attention_mask, size.shift)
 
     trainer.fit(loss_at)
 
@@ -108,9 +107,11 @@ def draw(data: dict[str, Any], batch: int, rng: random.Random) -> tuple[torch.Te
     return data["latents"][chosen].float(), prompts
 
 
-def flow_loss(model: TextConditioned, clean: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def flow_loss(
+    model: TextConditioned, clean: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, shift: float
+) -> torch.Tensor:
     """Mean squared error of the predicted velocity along the straight path from data to noise."""
-    sigma = shifted_sigmas(len(clean)).to(clean.device)
+    sigma = shifted_sigmas(len(clean), shift).to(clean.device)
     noise = torch.randn_like(clean)
     level = sigma.view(-1, 1, 1, 1, 1)
     with torch.autocast(clean.device.type, torch.bfloat16):
