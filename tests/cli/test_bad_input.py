@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +186,17 @@ def test_refusal_by_the_pipeline_itself(render: Command, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def ctrl_c_works() -> Iterator[None]:
+    """Shells start background jobs with SIGINT ignored, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("where", ["diffusers.WanPipeline.encode_prompt", "dit_accel.video.encode_video"])
 def test_interrupt_leaves_nothing(
-    render: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+    render: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, ctrl_c_works: None
 ) -> None:
     def interrupt(*arguments: Any, **__: Any) -> None:
         if where.endswith("video"):

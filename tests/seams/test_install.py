@@ -72,7 +72,7 @@ def test_removal_after_an_error_inside_the_model(t2v):
 
 
 def test_run_after_an_error_equals_a_fresh_run(t2v):
-    fail_at: list[int] = [2]
+    fail_at = [2]
 
     class Failing(dit_accel.AttentionControl):
         def after(self, call, output):
