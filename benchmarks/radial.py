@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=("loop", "forward"))
     parser.add_argument("--frames", type=int, default=129, help="loop: frames of the video")
     parser.add_argument("--side", type=int, default=256, help="loop: height and width in pixels")
-    parser.add_argument("--steps", type=int, default=25, help="loop: sampling steps")
+    parser.add_argument("--steps", type=int, default=20, help="loop: sampling steps")
     parser.add_argument("--grid", default="33x32x32", help="forward: tokens along frames, height, width")
     parser.add_argument("--repeats", type=int, default=3, help="forward: timed calls of each kind")
     parser.add_argument("--block", type=int, default=64)

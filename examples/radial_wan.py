@@ -13,7 +13,7 @@ from dit_accel.processors import RadialAttnProcessor
 from dit_accel.shapes import path
 
 PROMPT = "a yellow triangle moving up on a black background"
-SETTINGS = {"height": 256, "width": 256, "num_frames": 33, "num_inference_steps": 25, "guidance_scale": 3.0}
+SETTINGS = {"height": 256, "width": 256, "num_frames": 33, "num_inference_steps": 20, "guidance_scale": 3.0}
 
 
 def main() -> None:

@@ -15,14 +15,14 @@ from dit_accel.shapes import path
 def main() -> None:
     pipe = WanPipeline.from_pretrained(path("shapes-wan"))
     tokens_per_frame = 16 * 16
-    recorder = dit_accel.AttentionMassRecorder(block=tokens_per_frame, steps=(12, 13), branches=["cond"])
+    recorder = dit_accel.AttentionMassRecorder(block=tokens_per_frame, steps=(10, 11), branches=["cond"])
     with dit_accel.accelerate(pipe, controls=[recorder]):
         pipe(
             "a red circle moving left on a gray background",
             height=256,
             width=256,
             num_frames=33,
-            num_inference_steps=25,
+            num_inference_steps=20,
             guidance_scale=3.0,
             generator=torch.Generator().manual_seed(0),
         )

@@ -1,9 +1,8 @@
-"""One resumable training loop: cosine schedule, moving average, checkpoints, a log line every few steps."""
+"""One resumable training loop: learning rate schedule, moving average, checkpoints, a log line every few steps."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ class LoopConfig:
     Attributes:
         steps: optimizer steps in all.
         warmup: steps over which the learning rate rises from zero.
+        hold: fraction of the steps over which the learning rate stays at its highest; then it falls linearly.
         final_lr: learning rate at the end, as a fraction of the highest.
         ema: decay of the moving average of the weights.
         clip: largest gradient norm.
@@ -30,6 +30,7 @@ class LoopConfig:
 
     steps: int
     warmup: int = 100
+    hold: float = 0.5
     final_lr: float = 0.02
     ema: float = 0.995
     clip: float = 1.0
@@ -102,8 +103,8 @@ class Trainer:
         config = self.config
         if self.step < config.warmup:
             return (self.step + 1) / config.warmup
-        progress = (self.step - config.warmup) / max(1, config.steps - config.warmup)
-        return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        progress = (self.step / config.steps - config.hold) / (1 - config.hold)
+        return 1 - (1 - config.final_lr) * max(0.0, progress)
 
     def _log(self, loss: float) -> None:
         line = json.dumps({"step": self.step, "loss": round(loss, 5), "seconds": round(self.seconds)})

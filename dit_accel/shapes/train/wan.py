@@ -16,7 +16,7 @@ from ..recipe import TEXT_LENGTH, build_text_encoder, build_tokenizer, build_tra
 from .latents import FULL, SMALL, ClipSize, encoded_clips
 from .loop import LoopConfig, Trainer
 
-SMALL_PART = 0.71  # of the steps train on small clips alone; after it full clips join
+SMALL_PART = 0.72  # of the steps train on small clips alone; after it full clips join
 FULL_SHARE = 0.85  # of the steps that follow
 PROMPT_DROPOUT = 0.1  # share of empty prompts, which classifier-free guidance needs
 
@@ -78,7 +78,7 @@ class CountedPadding(WanAttnProcessor):
             block.attn2.processor.bias = bias
 
 
-def train_wan(folder: Path, vae_folder: Path, steps: int = 3800, device: str = "cpu") -> None:
+def train_wan(folder: Path, vae_folder: Path, steps: int = 3600, device: str = "cpu") -> None:
     """Trains or resumes; the result is the moving average in ``folder / 'checkpoint.pt'``, which ``export`` reads."""
     vae = AutoencoderKLWan.from_pretrained(vae_folder).eval()
     torch.manual_seed(0)
