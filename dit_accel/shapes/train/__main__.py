@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     elif arguments.stage == "wan":
         from .wan import train_wan
 
-        train_wan(folder / "wan-run", folder / "vae-run" / "vae", arguments.steps or 3600, arguments.device)
+        vae = arguments.init / "vae" if arguments.init else folder / "vae-run" / "vae"
+        train_wan(folder / "wan-run", vae, arguments.steps or 4400, arguments.device, arguments.init)
     else:
         from .export import export_wan
 
@@ -33,7 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("stage", choices=("vae", "wan", "export"), help="run them in this order")
     parser.add_argument("--folder", type=Path, default=Path("training"), help="checkpoints, logs and encoded clips")
     parser.add_argument("--out", type=Path, default=Path("shapes-wan"), help="export: folder of the finished pipeline")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 4200 for vae, 3600 for wan)")
+    parser.add_argument("--init", type=Path, help="wan: pipeline folder to go on from, instead of random weights")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 4200 for vae, 4400 for wan)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     return parser

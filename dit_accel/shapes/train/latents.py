@@ -15,6 +15,23 @@ from ..world import Scene, render, sample_scene
 
 
 @dataclass(frozen=True)
+class Part:
+    """The beginning of a clip, as one optimizer step sees it: short beginnings teach form at a fraction of the cost.
+
+    Attributes:
+        latent_frames: how many; the first stands for one frame of the clip, each further one for four.
+        batch: clips per optimizer step.
+        shift: of the noise levels; larger clips need more noise before they are unrecognisable.
+        share: how often steps see this part, relative to the other parts.
+    """
+
+    latent_frames: int
+    batch: int
+    shift: float
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
 class ClipSize:
     """A clip length and frame size, and how it is trained on.
 
@@ -22,15 +39,13 @@ class ClipSize:
         frames: frames of a clip.
         side: height and width in pixels.
         clips: how many different clips to encode.
-        batch: clips per optimizer step.
-        shift: of the noise levels; larger clips need more noise before they are unrecognisable.
+        parts: how much of a clip an optimizer step sees, and how often.
     """
 
     frames: int
     side: int
     clips: int
-    batch: int
-    shift: float
+    parts: tuple[Part, ...]
 
     @property
     def name(self) -> str:
@@ -38,8 +53,17 @@ class ClipSize:
         return f"latents-{self.frames}x{self.side}x{self.side}-{self.clips}.pt"
 
 
-SMALL = ClipSize(frames=17, side=128, clips=3072, batch=16, shift=8.0)
-FULL = ClipSize(frames=33, side=256, clips=512, batch=3, shift=SHIFT)
+SMALL = ClipSize(frames=17, side=128, clips=3072, parts=(Part(latent_frames=5, batch=16, shift=8.0),))
+FULL = ClipSize(
+    frames=33,
+    side=256,
+    clips=512,
+    parts=(
+        Part(latent_frames=9, batch=3, shift=SHIFT, share=0.35),
+        Part(latent_frames=5, batch=6, shift=10.0, share=0.2),
+        Part(latent_frames=3, batch=10, shift=8.0, share=0.45),
+    ),
+)
 
 
 @torch.no_grad()

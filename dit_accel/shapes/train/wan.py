@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
+from transformers import UMT5EncoderModel
 
 from ..recipe import TEXT_LENGTH, build_text_encoder, build_tokenizer, build_transformer, shifted_sigmas
-from .latents import FULL, SMALL, ClipSize, encoded_clips
+from .latents import FULL, SMALL, ClipSize, Part, encoded_clips
 from .loop import LoopConfig, Trainer
 
-SMALL_PART = 0.72  # of the steps train on small clips alone; after it full clips join
-FULL_SHARE = 0.85  # of the steps that follow
+SMALL_PART = 0.6  # of the steps train on small clips alone; after it full clips join
+FULL_SHARE = 0.9  # of the steps that follow
 PROMPT_DROPOUT = 0.1  # share of empty prompts, which classifier-free guidance needs
 
 
@@ -28,6 +29,13 @@ class TextConditioned(nn.Module):
         super().__init__()
         self.text_encoder = build_text_encoder()
         self.transformer = build_transformer()
+
+    def load_pipeline(self, folder: Path) -> None:
+        """Takes over the weights of a finished pipeline."""
+        text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
+        transformer = WanTransformer3DModel.from_pretrained(folder / "transformer")
+        self.text_encoder.load_state_dict(text_encoder.state_dict())
+        self.transformer.load_state_dict(transformer.state_dict())
 
     def forward(
         self, latents: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
@@ -78,11 +86,24 @@ class CountedPadding(WanAttnProcessor):
             block.attn2.processor.bias = bias
 
 
-def train_wan(folder: Path, vae_folder: Path, steps: int = 3600, device: str = "cpu") -> None:
-    """Trains or resumes; the result is the moving average in ``folder / 'checkpoint.pt'``, which ``export`` reads."""
+def train_wan(
+    folder: Path, vae_folder: Path, steps: int = 4400, device: str = "cpu", init: Path | None = None
+) -> None:
+    """Trains or resumes; the result is the moving average in ``folder / 'checkpoint.pt'``, which ``export`` reads.
+
+    Args:
+        folder: checkpoint, log and encoded clips.
+        vae_folder: the trained autoencoder.
+        steps: optimizer steps in all.
+        device: where to train.
+        init: pipeline folder whose text encoder and transformer to start from; None starts from random weights.
+    """
     vae = AutoencoderKLWan.from_pretrained(vae_folder).eval()
     torch.manual_seed(0)
-    model = TextConditioned().to(device)
+    model = TextConditioned()
+    if init is not None:
+        model.load_pipeline(init)
+    model.to(device)
     trainer = Trainer(model, optimizers(model), LoopConfig(steps=steps, warmup=200), folder)
     CountedPadding.install(model.transformer)
     tokenizer = build_tokenizer()
@@ -93,18 +114,19 @@ def train_wan(folder: Path, vae_folder: Path, steps: int = 3600, device: str = "
         size = FULL if step > SMALL_PART * steps and rng.random() < FULL_SHARE else SMALL
         if size not in data:
             data[size] = encoded_clips(vae, size, folder, device)
-        clean, prompts = draw(data[size], size.batch, rng)
+        part = rng.choices(size.parts, [part.share for part in size.parts])[0]
+        clean, prompts = draw(data[size], part, rng)
         text = tokenizer(prompts, padding=True, return_tensors="pt").to(device)
-        return flow_loss(model, clean.to(device), text.input_ids, text.attention_mask, size.shift)
+        return flow_loss(model, clean.to(device), text.input_ids, text.attention_mask, part.shift)
 
     trainer.fit(loss_at)
 
 
-def draw(data: dict[str, Any], batch: int, rng: random.Random) -> tuple[torch.Tensor, list[str]]:
+def draw(data: dict[str, Any], part: Part, rng: random.Random) -> tuple[torch.Tensor, list[str]]:
     """A batch of latents and prompts; some prompts are emptied."""
-    chosen = [rng.randrange(len(data["prompts"])) for _ in range(batch)]
+    chosen = [rng.randrange(len(data["prompts"])) for _ in range(part.batch)]
     prompts = ["" if rng.random() < PROMPT_DROPOUT else data["prompts"][index] for index in chosen]
-    return data["latents"][chosen].float(), prompts
+    return data["latents"][chosen, :, : part.latent_frames].float(), prompts
 
 
 def flow_loss(
