@@ -24,6 +24,7 @@ import dit_accel
 from dit_accel.metrics import psnr
 from dit_accel.processors import RadialAttnProcessor
 from dit_accel.shapes import path
+from dit_accel.shapes.compare import decibels
 
 PROMPT = "a red circle moving left on a gray background"
 
@@ -80,8 +81,8 @@ def loop(pipe: WanPipeline, arguments: argparse.Namespace) -> dict[str, Any]:
         "plan_density": report.plan_density,
         "density": report.density,
         "fallbacks": report.fallbacks,
-        "psnr": psnr(frames[1], frames[0]),
-        "noise_floor_psnr": psnr(frames[2], frames[0]),
+        "psnr": decibels(psnr(frames[1], frames[0])),
+        "noise_floor_psnr": decibels(psnr(frames[2], frames[0])),
     }
 
 

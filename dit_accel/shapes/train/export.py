@@ -40,4 +40,4 @@ def _trained_parts(run_folder: Path) -> tuple[UMT5EncoderModel, torch.nn.Module]
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["average"])
     transformer = build_transformer()
     transformer.load_state_dict(model.transformer.state_dict())
-    return model.text_encoder.half(), transformer.half()
+    return model.text_encoder, transformer.half()  # transformers would keep half precision on loading, even on a CPU
