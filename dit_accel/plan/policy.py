@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,6 @@ class PlanPolicy:
             "dense_steps": self.dense_steps,
             "dense_layers": sorted(layers) if isinstance(layers, Collection) else layers,
         }
-
-    def mode(self, step_index: int, num_steps: int | None, layer: int) -> Literal["dense", "sparse"]:
-        """Names what `is_dense` decides."""
-        return "dense" if self.is_dense(step_index, num_steps, layer) else "sparse"
 
     def _is_dense_layer(self, layer: int) -> bool:
         if isinstance(self.dense_layers, Collection):

@@ -41,10 +41,9 @@ def test_named_layers_are_dense_at_every_step(dense_layers: Any, dense: set[int]
 
 def test_default_is_the_published_warm_up() -> None:
     policy = PlanPolicy()
-    modes = {(step, layer): policy.mode(step, 50, layer) for step in range(50) for layer in range(3)}
-    dense = {key for key, mode in modes.items() if mode == "dense"}
-    assert dense == {(step, layer) for step, layer in modes if step < 12 or layer == 0}
-    assert set(modes.values()) == {"dense", "sparse"}
+    calls = [(step, layer) for step in range(50) for layer in range(3)]
+    dense = {(step, layer) for step, layer in calls if policy.is_dense(step, 50, layer)}
+    assert dense == {(step, layer) for step, layer in calls if step < 12 or layer == 0}
 
 
 def test_policy_is_a_value() -> None:

@@ -58,7 +58,7 @@ def test_learning_rate_rises_holds_and_falls(tmp_path):
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] < 0.3
 
 
-def test_every_stage_in_miniature(tmp_path, monkeypatch):
+def test_every_stage_in_miniature(tmp_path, monkeypatch, capsys):
     from diffusers import WanPipeline
 
     from dit_accel.shapes.train import latents, vae, wan
@@ -71,6 +71,8 @@ def test_every_stage_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(vae, "CROP", 32)
     run = ["--folder", str(tmp_path), "--device", "cpu", "--steps", "2"]
     main(["vae", *run])
+    main(["psnr", "--folder", str(tmp_path), "--clips", "1"])
+    assert "reconstruction of 1 held-out clips" in capsys.readouterr().out
     main(["wan", *run])
     main(["export", *run, "--out", str(tmp_path / "pipeline")])
     pipe = WanPipeline.from_pretrained(tmp_path / "pipeline")
