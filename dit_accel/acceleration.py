@@ -12,7 +12,7 @@ from torch import nn
 
 from .clock import StepClock, StepState
 from .controls import AttentionControl
-from .families import UnknownModelError, is_known
+from .families import UnknownModelError, family_of, is_known
 from .install import BlockHook, RootInstallation
 from .kernels.support import Call, check, choose
 from .layout import TokenLayout
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .kernels.sparse_plan import SparsePlan
 
 _HANDLE = "_dit_accel_acceleration"
-_PLANS_KEPT = 4  # token layouts whose plans stay in memory
+_PLANS_KEPT = 8  # token layouts whose plans stay in memory; a UNet has one for each level
 
 
 class Acceleration:
@@ -101,6 +101,8 @@ class Acceleration:
     def _install(
         self, root: nn.Module, expert: str, controls: tuple[AttentionControl, ...], hooks: tuple[BlockHook, ...]
     ) -> None:
+        if self.processor is not None:
+            self.processor.check_family(family_of(root))
         installed = RootInstallation(root, expert, self.clock, controls, hooks, self._before, self._after)
         self._installed.append(installed)
         object.__setattr__(root, _HANDLE, self)
@@ -119,7 +121,7 @@ class Acceleration:
         device = next(installed.root.parameters()).device
         for site in installed.sites.values():
             sparse = self.processor is not None and self.processor.is_sparse(site.info, state)
-            site.prepare(state, self._plan(state.layout, device) if sparse else None)
+            site.prepare(state, self._plan(site.layout or state.layout, device) if sparse else None)
 
     @staticmethod
     def _choose_backend(module: Any, processor: SparseAttnProcessor) -> tuple[str, str]:
@@ -188,7 +190,8 @@ def accelerate(
 
     Raises:
         UnknownModelError: if the model is of no registered family.
-        ValueError: for bad settings, a target accelerated already, or one that is compiled already.
+        ValueError: for bad settings, a method that does nothing for the model, a control that acts nowhere, a target
+            accelerated already, or one that is compiled already.
     """
     from .processors import processor_by_name
 
@@ -237,8 +240,6 @@ def find_roots(target: Any) -> dict[str, nn.Module]:
             raise ValueError(f"{name} is compiled already; accelerate it first, then call its compile()")
     roots = {name: module for name, module in candidates.items() if isinstance(module, nn.Module) and is_known(module)}
     if not roots:
-        from .families import family_of
-
         models = [candidates[name] for name in ("transformer", "unet", "model") if candidates.get(name) is not None]
         if models:
             family_of(models[0])

@@ -120,12 +120,10 @@ class StepClock:
         return getattr(pipeline, "scheduler", None)
 
     def _is_new_generation(self, context: _Context, timestep: torch.Tensor | None, layout: TokenLayout) -> bool:
+        has_new_schedule = self._note_schedule()
         if self._last_step is None:
-            self._note_schedule()
             return self._ordinal > 0
-        if layout != self._last_layout and not self._contexts:
-            return True
-        if self._note_schedule():
+        if has_new_schedule or (layout != self._last_layout and not self._contexts):
             return True
         said = self._explicit.step if self._explicit.step is not None else context.step
         if said is not None:

@@ -5,12 +5,13 @@ Editing, guidance and inspection are all controls; they share the one place wher
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from .clock import StepState
+from .layout import TokenLayout
 
 SITE_KINDS = ("self", "cross", "joint", "temporal")
 
@@ -36,10 +37,18 @@ class SiteInfo:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention call as a control sees it: where, and when."""
+    """One attention call as a control sees it: where, and when.
+
+    Attributes:
+        site: which attention module.
+        state: which step and branch.
+        layout: where the query tokens of this site are. In a UNet each level has its own grid; ``state.layout`` is
+            that of the root.
+    """
 
     site: SiteInfo
     state: StepState
+    layout: TokenLayout
 
 
 class AttentionControl:
@@ -141,10 +150,26 @@ def block_mass(query: torch.Tensor, key: torch.Tensor, block: int) -> torch.Tens
     Returns:
         ``[batch, heads, query blocks, key blocks]`` float32; rows sum to 1.
     """
-    key = key.float()
-    rows = []
+    return torch.stack([sum_blocks(rows.mean(2), block) for rows in attention_rows(query, key, block)], 2)
+
+
+def attention_rows(query: torch.Tensor, key: torch.Tensor, block: int) -> Iterator[torch.Tensor]:
+    """The softmax attention of one block of queries after the other, so that no more than that is held at once.
+
+    Args:
+        query: ``[batch, heads, queries, head_dim]``.
+        key: ``[batch, heads, keys, head_dim]``.
+        block: queries per block; the last block may be short.
+
+    Yields:
+        ``[batch, heads, queries of the block, keys]`` float32; rows sum to 1.
+    """
+    key = key.float().transpose(-1, -2)
     for part in query.float().split(block, 2):
-        weights = (part @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(2)
-        padded = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % block))
-        rows.append(padded.unflatten(-1, (-1, block)).sum(-1))
-    return torch.stack(rows, 2)
+        yield (part @ key * query.shape[-1] ** -0.5).softmax(-1)
+
+
+def sum_blocks(weights: torch.Tensor, block: int) -> torch.Tensor:
+    """Sums runs of ``block`` values of the last axis; the last run may be short."""
+    padded = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % block))
+    return padded.unflatten(-1, (-1, block)).sum(-1)

@@ -52,6 +52,6 @@ class TokenLayout:
 
     @classmethod
     def video_only(cls, grid: tuple[int, int, int]) -> TokenLayout:
-        """A sequence of nothing but video tokens."""
+        """A sequence of nothing but video tokens, or the image tokens of a one-frame grid."""
         frames, height, width = grid
         return cls(grid, (0, frames * height * width))

@@ -13,6 +13,7 @@ from ..plan.policy import PlanPolicy
 if TYPE_CHECKING:
     from ..clock import StepState
     from ..controls import SiteInfo
+    from ..families import Family
     from ..kernels.sparse_plan import SparsePlan
     from ..layout import TokenLayout
 
@@ -33,6 +34,7 @@ class SparseAttnProcessor(ABC):
 
     kinds: tuple[str, ...] = ("self", "joint")
     block: int = 128  # tokens per block of the plans it builds; what a kernel must be able to walk
+    needs_frames: bool = False  # whether it saves nothing within one frame, and so on images
 
     def __init__(
         self,
@@ -51,6 +53,18 @@ class SparseAttnProcessor(ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Everything needed to build an equal recipe, as plain values."""
+
+    def check_family(self, family: Family) -> None:
+        """Refuses a family of models for which this method can do nothing.
+
+        Raises:
+            ValueError: if the family makes images and the method lives on the distance between frames.
+        """
+        if self.needs_frames and not family.makes_video:
+            raise ValueError(
+                f"{type(self).__name__} keeps every pair of tokens within a frame, so it saves nothing in "
+                f"{family.root_class}, which makes single images; use it with a video model, or leave attention out"
+            )
 
     def is_sparse(self, site: SiteInfo, state: StepState) -> bool:
         """Whether a site runs this method at a step, or stays dense."""

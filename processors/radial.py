@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class RadialAttnProcessor(SparseAttnProcessor):
     """Static sparse attention whose density decays with the distance between frames.
 
+    By both rules all pairs within a frame are kept, so models of images are refused.
+
     Args:
         rule: ``"authors"``, what the authors' code runs, or ``"paper"``, the formula of the paper.
         block: tokens per block of queries and of keys, 64 or 128.
@@ -35,6 +37,8 @@ class RadialAttnProcessor(SparseAttnProcessor):
     Raises:
         ValueError: for settings outside these.
     """
+
+    needs_frames = True
 
     def __init__(
         self,

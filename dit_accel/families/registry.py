@@ -15,6 +15,10 @@ class UnknownModelError(ValueError):
     """The root class of a model is not registered."""
 
 
+def _same_layout(root: Any, path: str, layout: TokenLayout) -> TokenLayout:
+    return layout
+
+
 @dataclass(frozen=True)
 class Family:
     """The facts about one root class.
@@ -24,8 +28,12 @@ class Family:
         layout: reads the token layout from the root module and its bound forward arguments.
         site_kind: tells from its path and module what an attention module is: ``"self"``, ``"cross"``, ``"joint"`` or
             ``"temporal"``; None for modules that must stay stock (text refiners, audio).
-        block_lists: attribute names of the module lists whose members are the blocks, in execution order.
+        block_lists: attribute names of the module lists whose members are the blocks, in execution order; a module
+            that is no list counts as one block.
         pipeline_roots: attribute names under which a pipeline holds roots of this class.
+        makes_video: whether its grids may have several frames; methods that live on these refuse other families.
+        site_layout: tells where the query tokens of an attention module are, from the root, the module's path and the
+            layout of the root's tokens; by default it is the root's.
     """
 
     root_class: str
@@ -33,6 +41,8 @@ class Family:
     site_kind: Callable[[str, nn.Module], str | None]
     block_lists: tuple[str, ...]
     pipeline_roots: tuple[str, ...] = ("transformer", "transformer_2")
+    makes_video: bool = True
+    site_layout: Callable[[Any, str, TokenLayout], TokenLayout] = _same_layout
 
 
 _FAMILIES: dict[str, Family] = {}

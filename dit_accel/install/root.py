@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ class RootInstallation:
 
     Raises:
         UnknownModelError: if the family of the root is not registered.
-        ValueError: if no attention module was found.
+        ValueError: if no attention module was found, or none that a control chooses.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class RootInstallation:
         for module, site in self.sites.items():
             self._bind(module, site)
         if block_hooks:
-            blocks = [(f"{name}.{i}", block) for name in self.family.block_lists for i, block in self._blocks(name)]
+            blocks = self._blocks()
             for index, (path, block) in enumerate(blocks):
                 info = BlockInfo(path, index, len(blocks), self.expert)
                 self._undo.append(wrap_block(block, info, self.clock, block_hooks))
@@ -93,30 +94,52 @@ class RootInstallation:
         if hasattr(self.root, "cache_context"):
             self._shadow("cache_context", self._cache_context_of(self.root.cache_context))
 
-    def _blocks(self, name: str) -> list[tuple[int, nn.Module]]:
-        return list(enumerate(self.root.get_submodule(name).children()))
+    def _blocks(self) -> list[tuple[str, nn.Module]]:
+        """Path and module of every block in execution order."""
+        blocks: list[tuple[str, nn.Module]] = []
+        for name in self.family.block_lists:
+            found = getattr(self.root, name)
+            if isinstance(found, (nn.ModuleList, nn.Sequential)):
+                blocks += [(f"{name}.{index}", block) for index, block in enumerate(found)]
+            elif found is not None:  # the middle of a UNet; some have none
+                blocks.append((name, found))
+        return blocks
 
     def _find_sites(self, controls: tuple[AttentionControl, ...]) -> dict[nn.Module, Site]:
+        found = self._attention_modules()
+        counts = Counter(kind for _, _, kind in found)
+        if not counts:
+            raise ValueError(f"no attention module was found in {type(self.root).__name__}")
+        sites: dict[nn.Module, Site] = {}
+        seen: Counter[str] = Counter()
+        for path, module, kind in found:
+            info = SiteInfo(path, kind, seen[kind], counts[kind], self.expert)
+            sites[module] = Site(info, tuple(control for control in controls if control.acts_on(info)))
+            seen[kind] += 1
+        for control in controls:
+            if not any(control in site.controls for site in sites.values()):
+                raise ValueError(
+                    f"{type(control).__name__} acts nowhere: {type(self.root).__name__} has "
+                    f"{', '.join(f'{count} {kind}' for kind, count in counts.items())} attention sites; "
+                    "choose its kinds and layers among them"
+                )
+        return sites
+
+    def _attention_modules(self) -> list[tuple[str, nn.Module, str]]:
+        """Path, module and kind of every site in execution order: a UNet lists its middle after its end."""
         from diffusers.models.attention import AttentionModuleMixin
         from diffusers.models.attention_processor import Attention, MochiAttention
 
+        def place(site: tuple[str, nn.Module, str]) -> int:
+            return next((i for i, name in enumerate(self.family.block_lists) if site[0].startswith(f"{name}.")), -1)
+
         found = [
-            (path, module, self.family.site_kind(path, module))
+            (path, module, kind)
             for path, module in self.root.named_modules()
             if isinstance(module, (Attention, AttentionModuleMixin, MochiAttention))
+            and (kind := self.family.site_kind(path, module)) is not None
         ]
-        kinds = [kind for _, _, kind in found if kind is not None]
-        if not kinds:
-            raise ValueError(f"no attention module was found in {type(self.root).__name__}")
-        sites: dict[nn.Module, Site] = {}
-        seen = dict.fromkeys(kinds, 0)
-        for path, module, kind in found:
-            if kind is None:
-                continue
-            info = SiteInfo(path, kind, seen[kind], kinds.count(kind), self.expert)
-            sites[module] = Site(info, tuple(control for control in controls if control.acts_on(info)))
-            seen[kind] += 1
-        return sites
+        return sorted(found, key=place)
 
     def _bind(self, module: Any, site: Site) -> None:
         stock = module.processor
@@ -143,6 +166,8 @@ class RootInstallation:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments: Mapping[str, Any] = self._signature.bind_partial(self.root, *args, **kwargs).arguments
         layout = self.family.layout(self.root, arguments)
+        for site in self.sites.values():
+            site.layout = self.family.site_layout(self.root, site.info.path, layout)
         self._before_call(self, self.clock.tick(self.expert, layout, arguments))
 
     def _compile(self, *args: Any, **kwargs: Any) -> None:

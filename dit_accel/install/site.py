@@ -12,6 +12,7 @@ from ..controls import AttentionCall, AttentionControl, SiteInfo
 if TYPE_CHECKING:
     from ..clock import StepState
     from ..kernels.sparse_plan import SparsePlan
+    from ..layout import TokenLayout
 
 Stock = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -30,6 +31,7 @@ class Site:
     def __init__(self, info: SiteInfo, controls: tuple[AttentionControl, ...] = ()) -> None:
         self.info = info
         self.controls = controls
+        self.layout: TokenLayout | None = None  # of the coming call, set by the root's installation
         self.active: tuple[AttentionControl, ...] = ()
         self.call: AttentionCall | None = None
         self.plan: SparsePlan | None = None
@@ -41,7 +43,7 @@ class Site:
         """Sets what the next call does: sparse by ``plan``, or stock if it is None; and which controls act."""
         self.plan = plan
         self.active = tuple(control for control in self.controls if control.acts_at(state))
-        self.call = AttentionCall(self.info, state) if self.active else None
+        self.call = AttentionCall(self.info, state, self.layout or state.layout) if self.active else None
         self.is_stock = plan is None and not self.active
 
     def rest(self) -> None:

@@ -1,4 +1,4 @@
-"""Wan in its three shapes: text to video, image to video, two experts. Untrained, tiny, run to latents only."""
+"""Wan in its three shapes, Stable Diffusion in four. Untrained, tiny, run to latents only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ class Subject:
     def run(self, seed: int = 1, **changes: Any) -> torch.Tensor:
         """Latents of one generation."""
         generator = torch.Generator().manual_seed(seed)
-        return self.pipe(**(self.inputs | changes), generator=generator, output_type="latent").frames
+        output = self.pipe(**(self.inputs | changes), generator=generator, output_type="latent")
+        return output.frames if hasattr(output, "frames") else output.images
+
+    @property
+    def root(self) -> Any:
+        """The transformer or the UNet."""
+        return self.pipe.components.get("unet") or self.pipe.components["transformer"]
 
 
 def build_subject(make_tiny_wan: Callable[[int], Any], variant: str) -> Subject:
@@ -76,3 +82,98 @@ def i2v(make_tiny_wan: Callable[[int], Any]) -> Subject:
 def two_experts(make_tiny_wan: Callable[[int], Any]) -> Subject:
     """Two transformers, one for high and one for low noise."""
     return build_subject(make_tiny_wan, "two-experts")
+
+
+def embeddings(width: int, pooled: int = 0, count: int = 1) -> dict[str, torch.Tensor]:
+    """Random prompts, wanted and unwanted, of ten tokens."""
+    inputs = {name: torch.randn(count, 10, width) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    for name in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
+        inputs |= {name: torch.randn(count, pooled)} if pooled else {}
+    return inputs
+
+
+def build_sd3(dual: bool) -> Subject:
+    """Two joint blocks of 8 x 6 image tokens and 10 text tokens; ``dual`` gives the first one a second attention."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=32,
+        pooled_projection_dim=24,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,) if dual else (),
+        qk_norm="rms_norm" if dual else None,
+    )
+    absent = [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
+    parts: dict[str, Any] = dict.fromkeys(absent)
+    vae = AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=1)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer.eval(), vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **parts
+    )
+    return Subject(pipe, embeddings(32, pooled=24) | {"height": 16, "width": 12, "num_inference_steps": 2})
+
+
+def build_sd(xl: bool) -> Subject:
+    """Stable Diffusion 1.5 or XL on an odd latent of 9 x 13; the UNet attends at that level and at the one below."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+
+    config: dict[str, Any] = {
+        "block_out_channels": (4, 8),
+        "layers_per_block": 1,
+        "sample_size": 16,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+        "norm_num_groups": 2,
+    }
+    if xl:
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 24,
+            "transformer_layers_per_block": (1, 2),
+            "use_linear_projection": True,
+        }
+    parts: dict[str, Any] = {
+        "vae": AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=1),
+        "unet": UNet2DConditionModel(**config).eval(),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+    } | dict.fromkeys(("text_encoder", "tokenizer"))
+    inputs = embeddings(32, pooled=24 if xl else 0) | {"latents": torch.randn(1, 4, 9, 13), "num_inference_steps": 2}
+    if xl:
+        return Subject(StableDiffusionXLPipeline(text_encoder_2=None, tokenizer_2=None, **parts), inputs)
+    nothing: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor"))
+    return Subject(StableDiffusionPipeline(requires_safety_checker=False, **nothing, **parts), inputs)
+
+
+def build_image_subject(name: str) -> Subject:
+    """``"sd3"``, ``"sd35"``, ``"sd15"`` or ``"sdxl"``."""
+    torch.manual_seed(0)
+    subject = build_sd3(name == "sd35") if name.startswith("sd3") else build_sd(name == "sdxl")
+    subject.pipe.set_progress_bar_config(disable=True)
+    return subject
+
+
+@pytest.fixture(scope="session")
+def make_image_subject() -> Callable[[str], Subject]:
+    """Builds ``"sd3"``, ``"sd35"``, ``"sd15"`` or ``"sdxl"``."""
+    return build_image_subject
