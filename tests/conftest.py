@@ -21,7 +21,7 @@ def build_tiny_wan(seed: int = 0) -> WanPipeline:
     """An untrained WanPipeline with every part, 16-wide heads and two layers; speaks the shapes world's words."""
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
-    from dit_accel.shapes import recipe
+    from dit_accel.shapes.recipes import text, wan
 
     torch.manual_seed(seed)
     transformer = WanTransformer3DModel(
@@ -30,7 +30,7 @@ def build_tiny_wan(seed: int = 0) -> WanPipeline:
         attention_head_dim=16,
         in_channels=16,
         out_channels=16,
-        text_dim=recipe.TEXT_WIDTH,
+        text_dim=text.UMT5_WIDTH,
         freq_dim=32,
         ffn_dim=32,
         num_layers=2,
@@ -46,11 +46,11 @@ def build_tiny_wan(seed: int = 0) -> WanPipeline:
         latents_std=[1.0] * 16,
     )
     return WanPipeline(
-        tokenizer=recipe.build_tokenizer(),
-        text_encoder=recipe.build_text_encoder().eval(),
+        tokenizer=text.build_t5_tokenizer(wan.TEXT_LENGTH),
+        text_encoder=text.build_umt5_encoder().eval(),
         transformer=transformer.eval(),
         vae=vae.eval(),
-        scheduler=recipe.build_scheduler(),
+        scheduler=wan.build_scheduler(),
     )
 
 

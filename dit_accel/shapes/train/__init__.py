@@ -1,1 +1,1 @@
-"""Training of the shipped shapes models: ``python -m dit_accel.shapes.train --help``."""
+"""Training of the shapes pipelines: ``python -m dit_accel.shapes.train --help``."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,16 @@ class Trainer:
     """Trains a module with one or more optimizers and can be killed at any time.
 
     Data must be a function of the step number, so that a resumed run sees what an uninterrupted one would have seen.
+    Nothing here waits for a GPU, except log lines and checkpoints.
 
     Args:
         model: the module to train; its moving average is kept in :attr:`average`.
         optimizers: every optimizer that steps it; their initial learning rates are the highest of the schedule.
         config: see :class:`LoopConfig`.
         folder: where ``checkpoint.pt`` and ``log.jsonl`` live; a checkpoint found there is resumed.
+
+    Raises:
+        ValueError: if the checkpoint is of another model or of other optimizers.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Trainer:
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.average = {name: value.detach().clone().float() for name, value in model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
+        self.loss: torch.Tensor | None = None  # moving average over the steps
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             self._resume()
@@ -67,19 +73,22 @@ class Trainer:
         return self.folder / "checkpoint.pt"
 
     def fit(self, loss_at: Callable[[int], torch.Tensor]) -> None:
-        """Runs the remaining steps; ``loss_at(step)`` builds the batch of that step and returns its loss."""
-        started, running = time.perf_counter() - self.seconds, None
+        """Runs the remaining steps; ``loss_at(step)`` builds the batch of that step and returns its loss.
+
+        Before each step the random number generators of all devices are seeded with its number.
+        """
+        started = time.perf_counter() - self.seconds
         while self.step < self.config.steps:
             torch.manual_seed(self.step)
             loss = loss_at(self.step)
             loss.backward()
             self._update()
-            value = float(loss.detach())
-            running = value if running is None else 0.97 * running + 0.03 * value
+            loss = loss.detach().float()
+            self.loss = loss if self.loss is None else torch.lerp(self.loss, loss, 0.03)
             self.step += 1
             self.seconds = time.perf_counter() - started
             if self.step % self.config.log_every == 0 or self.step == self.config.steps:
-                self._log(running)
+                self._log(float(self.loss))
             if self.step % self.config.save_every == 0 or self.step == self.config.steps:
                 self._save()
 
@@ -95,9 +104,9 @@ class Trainer:
                 group["lr"] = peak * scale
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        for name, value in self.model.state_dict().items():
-            self.average[name].lerp_(value.detach().float(), 1 - decay)
+        average = get_ema_multi_avg_fn(min(self.config.ema, (1 + self.step) / (10 + self.step)))
+        current = self.model.state_dict()
+        average([self.average[name] for name in current], [value.float() for value in current.values()], self.step)
 
     def _schedule(self) -> float:
         config = self.config
@@ -116,6 +125,7 @@ class Trainer:
         state = {
             "step": self.step,
             "seconds": self.seconds,
+            "loss": self.loss,
             "model": self.model.state_dict(),
             "average": self.average,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -125,9 +135,17 @@ class Trainer:
         os.replace(beside, self.checkpoint)
 
     def _resume(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=True)
-        self.step, self.seconds, self.average = state["step"], state["seconds"], state["average"]
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        device = next(self.model.parameters()).device
+        state = torch.load(self.checkpoint, map_location=device, weights_only=True)
+        try:
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.loss, self.average = state["loss"], state["average"]
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = "it was written by another version of this model"
+            raise ValueError(
+                f"cannot resume {self.checkpoint}: {reason}; delete it or choose another folder"
+            ) from error
         print(f"resumed at step {self.step}", flush=True)

@@ -1,0 +1,1 @@
+"""The parts of the shapes pipelines, untrained: sizes are chosen here and nowhere else."""
