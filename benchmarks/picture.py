@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 import dit_accel
 from dit_accel.metrics import psnr
 from dit_accel.shapes import path
+from dit_accel.shapes.info import read_info
 
 FRAMES = (0, 8, 16, 24, 32)
 GAP, CAPTION = 6, 16
@@ -24,26 +25,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", default="a red circle moving right on a gray background")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, help="(default: the model's own)")
     parser.add_argument("--side", type=int, default=192, help="of each frame in the picture, in pixels")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    pipe = WanPipeline.from_pretrained(path("shapes-wan"))
+    pipe, info = WanPipeline.from_pretrained(path("shapes-wan")), read_info(path("shapes-wan"))
 
     def render() -> torch.Tensor:
         frames = pipe(
             arguments.prompt,
-            height=256,
-            width=256,
-            num_frames=33,
-            num_inference_steps=arguments.steps,
-            guidance_scale=3.0,
+            height=info.height,
+            width=info.width,
+            num_frames=max(FRAMES) + 1,
+            num_inference_steps=arguments.steps or info.steps,
+            guidance_scale=info.guidance,
             generator=torch.Generator().manual_seed(arguments.seed),
         ).frames[0]
         return torch.as_tensor(frames)
 
     dense = render()
-    with dit_accel.accelerate(pipe, "radial", block=64) as accelerated:
+    with dit_accel.accelerate(pipe, "radial", **info.attention) as accelerated:
         radial = render()
         density = accelerated.report().density
     captions = (

@@ -31,12 +31,14 @@ def run(options: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Any]:
     """Collects all findings as plain data."""
+    from dit_accel.shapes import MODELS
+
     missing = [name for name in NEEDED if installed(name) is None]
     findings: dict[str, Any] = {
         "versions": {**versions(), "av": installed("av")},
         "missing": missing,
         "extras": {extra: all(map(installed, names)) for extra, names in EXTRAS.items()},
-        "models": {"shapes-wan": _shipped_model("shapes-wan")},
+        "models": {name: _shipped_model(name) for name in MODELS},
         "devices": [],
         "backends": [],
     }
@@ -44,16 +46,16 @@ def examine() -> dict[str, Any]:
         findings["devices"] = _devices()
         findings["backends"] = [row for kind in _kinds() for row in _backends(kind)]
     works = any(row["ok"] for row in findings["backends"])
-    findings["healthy"] = not missing and works and findings["models"]["shapes-wan"]["ok"]
+    findings["healthy"] = not missing and works and all(model["ok"] for model in findings["models"].values())
     return findings
 
 
 def _shipped_model(name: str) -> dict[str, Any]:
-    try:
-        from dit_accel import shapes
+    from dit_accel import shapes
 
+    try:
         return {"ok": True, "detail": str(shapes.path(name))}
-    except (FileNotFoundError, ImportError) as error:
+    except FileNotFoundError as error:
         return {"ok": False, "detail": one_line(error)}
 
 

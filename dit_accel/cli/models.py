@@ -16,7 +16,8 @@ from .versions import installed
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-SHIPPED = ("shapes-wan",)
+    from dit_accel.shapes.info import ModelInfo
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ROOTS = ("transformer", "transformer_2", "unet")
 INDEX = "model_index.json"
@@ -35,6 +36,8 @@ class Model:
         frame_step: frames per latent frame, if known; a video has a multiple of it plus one.
         height_step: pixels per token, if known; a frame's height is a multiple of it.
         width_step: likewise for the width.
+        shapes: how it is sampled and what it was trained on, if it belongs to the shapes zoo and so speaks the shapes
+            world's language only; else None.
     """
 
     name: str
@@ -44,11 +47,7 @@ class Model:
     frame_step: int | None
     height_step: int | None
     width_step: int | None
-
-    @property
-    def shipped(self) -> bool:
-        """Whether it came with this package, and so speaks the shapes world's language only."""
-        return self.name in SHIPPED
+    shapes: ModelInfo | None
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -76,15 +75,16 @@ def locate(name: str) -> Model:
     height_step = width_step = None
     if isinstance(spatial, int) and isinstance(patch, list) and len(patch) == 3:
         height_step, width_step = spatial * patch[1], spatial * patch[2]
-    return Model(name, source, pipeline, _roots(index), temporal, height_step, width_step)
+    shapes = _shapes_info(source) if isinstance(source, Path) else None
+    return Model(name, source, pipeline, _roots(index), temporal, height_step, width_step, shapes)
 
 
 def _source(name: str) -> Path | str:
     if installed("diffusers") is None:
         raise EnvironmentProblem("diffusers is not installed; pip install diffusers")
-    if name in SHIPPED:
-        from dit_accel import shapes
+    from dit_accel import shapes
 
+    if name in shapes.MODELS:
         try:
             return shapes.path(name)
         except FileNotFoundError as error:
@@ -93,9 +93,20 @@ def _source(name: str) -> Path | str:
     if folder.is_dir():
         return folder
     if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):
-        known = ", ".join(SHIPPED)
+        known = ", ".join(shapes.MODELS)
         raise UsageError(f"no model '{name}' here; give {known}, an existing diffusers folder, or a hub id owner/name")
     return name
+
+
+def _shapes_info(folder: Path) -> ModelInfo | None:
+    from dit_accel.shapes.info import FILE, read_info
+
+    if not (folder / FILE).is_file():
+        return None
+    try:
+        return read_info(folder)
+    except ValueError as error:
+        raise UsageError(f"{one_line(error)}; {DAMAGED}") from error
 
 
 def _read_json(source: Path | str, file: str) -> dict[str, Any] | None:

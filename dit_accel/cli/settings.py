@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import secrets
 from dataclasses import dataclass, fields
-from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import EnvironmentProblem, UsageError, one_line
 from .models import Model, check_multiple
+
+if TYPE_CHECKING:
+    from dit_accel.shapes.info import ModelInfo
 
 ARGUMENTS = {
     "frames": "num_frames",
@@ -77,10 +78,9 @@ def resolve(options: argparse.Namespace, model: Model) -> Settings:
         UsageError: if an option does not fit the model, or does not fit another option.
         EnvironmentProblem: if the device is not there.
     """
-    defaults = shapes_defaults() if model.shipped else {}
-    sampling = {name: _sampling_value(name, options, defaults, model) for name in ARGUMENTS}
-    if model.shipped:
-        _check_shapes_language(options.prompt, sampling["negative_prompt"])
+    sampling = {name: _sampling_value(name, options, model) for name in ARGUMENTS}
+    if model.shapes is not None:
+        _check_shapes_language(model.name, model.shapes, options.prompt, sampling["negative_prompt"])
     check_multiple("frames", sampling["frames"], model.frame_step, offset=1)
     check_multiple("height", sampling["height"], model.height_step)
     check_multiple("width", sampling["width"], model.width_step)
@@ -90,10 +90,10 @@ def resolve(options: argparse.Namespace, model: Model) -> Settings:
         model=options.model,
         pipeline=model.pipeline.__name__,
         attention=options.attention,
-        radial=_radial(options, defaults, model),
+        radial=_radial(options, model),
         compare=options.compare,
         seed=secrets.randbelow(2**32) if options.seed is None else options.seed,
-        fps=options.fps or defaults.get("fps") or _usual_fps(model.pipeline.__name__),
+        fps=options.fps or (model.shapes and model.shapes.fps) or _usual_fps(model.pipeline.__name__),
         dtype=options.dtype or ("float32" if device == "cpu" else "bfloat16"),
         device=device,
         threads=options.threads,
@@ -101,14 +101,7 @@ def resolve(options: argparse.Namespace, model: Model) -> Settings:
     )
 
 
-def shapes_defaults() -> dict[str, Any]:
-    """The defaults of the shipped model."""
-    text = (resources.files("dit_accel.shapes") / "defaults.json").read_text(encoding="utf-8")
-    defaults: dict[str, Any] = json.loads(text)
-    return defaults
-
-
-def _sampling_value(name: str, options: argparse.Namespace, defaults: dict[str, Any], model: Model) -> Any:
+def _sampling_value(name: str, options: argparse.Namespace, model: Model) -> Any:
     given = getattr(options, name)
     parameter = model.parameters.get(ARGUMENTS[name])
     if parameter is None:
@@ -119,25 +112,22 @@ def _sampling_value(name: str, options: argparse.Namespace, defaults: dict[str, 
     if given is not None:
         return given
     own = None if parameter.default is inspect.Parameter.empty else parameter.default
-    return defaults.get(name, own)
+    return own if model.shapes is None else getattr(model.shapes, name, own)
 
 
-def _check_shapes_language(prompt: str, negative_prompt: str | None) -> None:
-    """The shipped model knows one sentence and few words; anything else would give a video of nothing."""
-    from dit_accel.shapes.recipe import vocabulary
-    from dit_accel.shapes.world import parse_prompt
-
+def _check_shapes_language(name: str, info: ModelInfo, prompt: str, negative_prompt: str | None) -> None:
+    """Pipelines of the shapes zoo know few sentences and words; anything else would give a video of nothing."""
     try:
-        parse_prompt(prompt)
+        info.check_prompt(prompt)
     except ValueError as error:
         raise UsageError(one_line(error)) from error
-    unknown = [word for word in (negative_prompt or "").lower().split() if word not in vocabulary()]
+    unknown = [word for word in (negative_prompt or "").lower().split() if word not in info.words()]
     if unknown:
-        words = ", ".join(word for word in vocabulary() if "<" not in word)
-        raise UsageError(f"--negative-prompt: shapes-wan does not know {unknown[0]!r}; it knows {words}")
+        known = ", ".join(info.words())
+        raise UsageError(f"--negative-prompt: '{name}' does not know {unknown[0]!r}; it knows {known}")
 
 
-def _radial(options: argparse.Namespace, defaults: dict[str, Any], model: Model) -> dict[str, Any]:
+def _radial(options: argparse.Namespace, model: Model) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in RADIAL_OPTIONS if getattr(options, name) is not None}
     if options.attention == "dense":
         if options.compare:
@@ -149,7 +139,7 @@ def _radial(options: argparse.Namespace, defaults: dict[str, Any], model: Model)
     from dit_accel.families import family_of
     from dit_accel.processors import processor_by_name
 
-    chosen = {name: defaults[name] for name in RADIAL_OPTIONS if name in defaults} | given
+    chosen = (model.shapes.attention if model.shapes else {}) | given
     try:
         for root in model.roots.values():
             family_of(object.__new__(root))  # only its class is looked at, so an empty object will do

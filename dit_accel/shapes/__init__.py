@@ -1,17 +1,17 @@
-"""The shapes world: a closed procedural world, a pipeline trained on it, and a judge that knows the truth."""
+"""The shapes zoo: a closed procedural world, pipelines trained on it, and a judge that knows the truth."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-MODELS = {"shapes-wan": "wan"}
+MODELS = {"shapes-wan": "wan"}  # what ships: name to folder of weights/
 
 
 def path(name: str = "shapes-wan") -> Path:
     """Folder of a shipped pipeline, in diffusers' own format.
 
     Args:
-        name: ``"shapes-wan"``, or its short form ``"wan"``.
+        name: one of ``MODELS``, such as ``"shapes-wan"``, or its short form ``"wan"``.
 
     Raises:
         ValueError: if no model of that name ships with the package.
@@ -21,6 +21,6 @@ def path(name: str = "shapes-wan") -> Path:
     if folder not in MODELS.values():
         raise ValueError(f"no shipped model is called {name!r}; choose one of {', '.join(MODELS)}")
     found = Path(__file__).parent / "weights" / folder
-    if not (found / "model_index.json").exists():
+    if not all((found / file).is_file() for file in ("model_index.json", "shapes.json")):
         raise FileNotFoundError(f"the weights of {name!r} are missing from {found}; reinstall dit-accel")
     return found

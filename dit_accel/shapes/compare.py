@@ -8,17 +8,20 @@ import statistics
 import sys
 from pathlib import Path
 
-from ..metrics import psnr
-from .journal import Journal, Record, write_json
-from .sampling import Sample, Sampler, accuracy, judged, median_seconds, say
-from .settings import Settings, add_arguments, prompts, settings_from
-from .world import Attributes
+from ..metrics import flicker, motion_ratio, noise_floor, psnr
+from .report.journal import Journal, Record, write_json
+from .report.judging import accuracy, judged, median_seconds
+from .report.sampling import Sample, Sampler, tell
+from .report.settings import Settings, add_arguments, model_info, settings_from
+from .report.subsets import Subset, chosen_subsets
+from .world import SceneWords
 
 METHOD = "radial"
+PROMPTS = 16  # unless told otherwise
 
 
-def compare(settings: Settings, count: int, out: Path) -> Record:
-    """Renders the first held-out prompts dense and sparse, in turns, and writes the comparison to ``out``.
+def compare(settings: Settings, subset: Subset, out: Path) -> Record:
+    """Renders the prompts of a subset dense and sparse, in turns, and writes the comparison to ``out``.
 
     Each prompt starts from the same noise both times; every other prompt runs sparse first, so that neither way gains
     from its place. The first prompt runs dense once more, which shows how far two equal runs differ.
@@ -28,16 +31,17 @@ def compare(settings: Settings, count: int, out: Path) -> Record:
         The content of the file.
 
     Raises:
-        ValueError: if ``count`` is out of range or progress of other settings lies beside ``out``.
-        FileNotFoundError: if the model does not exist.
+        ValueError: if there is no such model or progress of other settings lies beside ``out``.
+        FileNotFoundError: if the model's folder holds no pipeline.
     """
-    chosen, sampler = prompts(count), Sampler(settings)
-    journal = Journal(out.with_suffix(".progress.jsonl"), sampler.context())
-    for index, attributes in enumerate(chosen):
+    sampler, count = Sampler(settings), len(subset.prompts)
+    context = {**sampler.context(), "subset": subset.name, "slots": list(subset.slots)}
+    journal = Journal(out.with_suffix(".progress.jsonl"), context)
+    for index, words in enumerate(subset.prompts):
         if index not in journal.records:
-            journal.add(index, _pair(sampler, attributes, index))
-        say(_line(index, count, attributes, journal.records[index]))
-    comparison = _summary(journal.context, [journal.records[index] for index in range(count)])
+            journal.add(index, _pair(sampler, subset, index))
+        tell(_line(f"{index + 1}/{count}", words, journal.records[index]))
+    comparison = _summary(context, [journal.records[index] for index in range(count)])
     write_json(out, comparison)
     return comparison
 
@@ -46,47 +50,65 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns 0, or 2 after naming what was wrong."""
     parser = argparse.ArgumentParser(prog="python -m dit_accel.shapes.compare", description=__doc__)
     add_arguments(parser)
-    parser.set_defaults(prompts=16)
+    parser.set_defaults(prompts=PROMPTS)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parsed = parser.parse_args(arguments)
     try:
         if parsed.out.suffix != ".json":
             raise ValueError(f"--out must be a .json file; got {parsed.out}")
-        comparison = compare(settings_from(parsed, METHOD), parsed.prompts, parsed.out)
+        info = model_info(parsed.model)
+        subset, *_ = chosen_subsets(info, parsed.subset, parsed.prompts)
+        comparison = compare(settings_from(parsed, METHOD, info), subset, parsed.out)
     except (ValueError, FileNotFoundError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    _print_comparison(comparison)
+    return 0
+
+
+def _print_comparison(comparison: Record) -> None:
     for way in ("dense", METHOD):
         right = ", ".join(f"{slot} {n['right']}/{n['of']}" for slot, n in comparison["accuracy"][way].items())
-        print(f"{way}: {right}; {comparison['sampling_seconds'][way]} s a clip")
+        print(f"{way}: {right}; {comparison['sampling_seconds'][way]} s a sample")
     for site, why in comparison["fallbacks"].items():
         print(f"FALLBACK {site}: {why}")
     figures = {**comparison["psnr_db"], "dense again": comparison["noise_floor_db"]}
     print("PSNR in dB: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
-    return 0
 
 
-def _pair(sampler: Sampler, attributes: Attributes, index: int) -> Record:
+def _pair(sampler: Sampler, subset: Subset, index: int) -> Record:
+    words = subset.prompts[index]
+
     def run(way: str) -> Sample:
-        return sampler.sample(attributes.prompt, index, way)
+        return sampler.sample(words.prompt, index, way)
 
     extra = run("dense") if index == 0 else None  # also takes the slow first call away from the timed ones
     order = ("dense", METHOD) if index % 2 == 0 else (METHOD, "dense")
     samples = {way: run(way) for way in order}
     dense, sparse = samples["dense"], samples[METHOD]
     record: Record = {
-        "prompt": attributes.prompt,
+        "prompt": words.prompt,
         "seed": sampler.settings.seed + index,
         "first": order[0],
         "psnr_db": decibels(psnr(sparse.video, dense.video)),
+        **_temporal(sparse, dense),
         "attention": sparse.attention,
     }
     for way, sample in samples.items():
         seconds = {"seconds": round(sample.seconds, 3), "sampling_seconds": round(sample.sampling_seconds, 3)}
-        record[way] = {**judged(sample.video, attributes), **seconds}
+        record[way] = {**judged(sample.video, words, subset.slots), **seconds}
     if extra is not None:
-        record["noise_floor_db"] = decibels(psnr(extra.video, dense.video))
+        record["noise_floor_db"] = decibels(noise_floor([extra.video, dense.video]))
     return record
+
+
+def _temporal(sparse: Sample, dense: Sample) -> Record:
+    """How much of the motion is kept, and how much flicker is added; nothing for images."""
+    if len(dense.video) == 1:
+        return {}
+    ratio = motion_ratio(sparse.video, dense.video)
+    moves = {} if math.isinf(ratio) else {"motion_ratio": round(ratio, 4)}
+    return {**moves, "flicker": round(flicker(sparse.video, dense.video), 5)}
 
 
 def decibels(value: float) -> float | str:
@@ -104,6 +126,7 @@ def _summary(context: Record, results: list[Record]) -> Record:
         "accuracy": {way: accuracy([result[way] for result in results]) for way in ("dense", METHOD)},
         "psnr_db": {"median": decibels(statistics.median(values)), "min": decibels(min(values))},
         "noise_floor_db": results[0]["noise_floor_db"],
+        **{name: spread for name in ("motion_ratio", "flicker") if (spread := _spread(name, results))},
         "sampling_seconds": {way: median_seconds(values) for way, values in seconds.items()},
         "speedup": {"median": round(statistics.median(ratios), 3), "min": round(min(ratios), 3)},
         "density": statistics.mean(result["attention"]["density"] for result in results),
@@ -112,13 +135,16 @@ def _summary(context: Record, results: list[Record]) -> Record:
     }
 
 
-def _line(index: int, count: int, attributes: Attributes, result: Record) -> str:
-    dense, sparse = (f"{sum(result[way]['right'].values())}/4 right" for way in ("dense", METHOD))
+def _spread(name: str, results: list[Record]) -> Record:
+    values = [result[name] for result in results if name in result]
+    return {"median": round(statistics.median(values), 5), "min": min(values), "max": max(values)} if values else {}
+
+
+def _line(place: str, words: SceneWords, result: Record) -> str:
+    slots = len(result["dense"]["right"])
+    dense, sparse = (f"{sum(result[way]['right'].values())}/{slots} right" for way in ("dense", METHOD))
     times = f"{result['dense']['sampling_seconds']:.1f} s, {METHOD} {result[METHOD]['sampling_seconds']:.1f} s"
-    return (
-        f"[{index + 1}/{count}] {attributes.prompt}: dense {dense}, {METHOD} {sparse},"
-        f" PSNR {result['psnr_db']}, dense {times}"
-    )
+    return f"[{place}] {words.prompt}: dense {dense}, {METHOD} {sparse}, PSNR {result['psnr_db']}, dense {times}"
 
 
 if __name__ == "__main__":

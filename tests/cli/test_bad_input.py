@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import PROMPT, Command, Result
+from .conftest import INFO, PROMPT, Command, Result
 
 
 def assert_refused(result: Result, *parts: str, code: int = 2) -> None:
@@ -74,20 +74,35 @@ def test_empty_prompt(render: Command, prompt: str) -> None:
     assert_refused(render(prompt=prompt), "the prompt is empty")
 
 
-@pytest.mark.usefixtures("no_loading")
+@pytest.mark.usefixtures("no_loading", "shipped_model")
 @pytest.mark.parametrize(
     ("prompt", "words", "part"),
     [
         ("a cat", [], "speaks one sentence"),
         ("a mauve circle moving left on a black background", [], "unknown color 'mauve'"),
-        (PROMPT, ["--negative-prompt", "red elephant"], "'elephant'"),
+        ("a red circle on a black background", [], "say how each object moves"),
+        ("a small red circle moving left on a black background", [], "one object without size"),
+        (PROMPT, ["--negative-prompt", "red elephant"], "'shapes-wan' does not know 'elephant'; it knows a, on,"),
+        (PROMPT, ["--negative-prompt", "striped"], "does not know 'striped'"),
     ],
 )
-def test_words_outside_the_shapes_world(
-    render: Command, tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, words: list[str], part: str
-) -> None:
-    monkeypatch.setattr("dit_accel.shapes.path", lambda name: tiny_wan_folder)
+def test_words_outside_the_shapes_world(render: Command, prompt: str, words: list[str], part: str) -> None:
     assert_refused(render("--model", "shapes-wan", *words, prompt=prompt), part)
+
+
+def test_a_model_trained_on_everything_knows_every_sentence(
+    command: Command, shipped_model: Path, tmp_path: Path
+) -> None:
+    (shipped_model / "shapes.json").write_text(json.dumps(INFO | {"subset": "all"}))
+    prompt = "a small striped red circle circling and a blue square standing still on a gradient gray background"
+    result = command("render", prompt, "-o", tmp_path / "out.mp4", "--negative-prompt", "striped and")
+    assert result.code == 0, result.err
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_damaged_facts_about_the_shipped_model(render: Command, shipped_model: Path) -> None:
+    (shipped_model / "shapes.json").write_text("{")
+    assert_refused(render("--model", "shapes-wan"), "cannot read", "shapes.json", "damaged")
 
 
 @pytest.mark.usefixtures("no_loading")

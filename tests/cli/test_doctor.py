@@ -11,16 +11,11 @@ import pytest
 from .conftest import Command
 
 
-@pytest.fixture
-def shipped(monkeypatch: pytest.MonkeyPatch, tiny_wan_folder: Path) -> None:
-    monkeypatch.setattr("dit_accel.shapes.path", lambda name: tiny_wan_folder)
-
-
 def rows(findings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["backend"]: row for row in findings["backends"] if row["device"] == "cpu"}
 
 
-@pytest.mark.usefixtures("shipped")
+@pytest.mark.usefixtures("shipped_model")
 def test_findings_as_json(command: Command) -> None:
     result = command("doctor", "--json")
     findings = json.loads(result.out)
@@ -32,13 +27,13 @@ def test_findings_as_json(command: Command) -> None:
     assert set(findings["extras"]) >= {"triton", "ui", "xformers"}
 
 
-@pytest.mark.usefixtures("shipped")
+@pytest.mark.usefixtures("shipped_model")
 def test_findings_as_text(command: Command) -> None:
     out = command("doctor").out
     assert "torch" in out and "cpu gather" in out and "works" in out and "shapes-wan" in out
 
 
-@pytest.mark.usefixtures("shipped")
+@pytest.mark.usefixtures("shipped_model")
 @pytest.mark.parametrize("failure", ["wrong", "raises"])
 def test_a_broken_backend_is_found(command: Command, monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
     from dit_accel.kernels import attend as module
@@ -68,3 +63,21 @@ def test_missing_weights_and_packages_give_exit_code_3(command: Command, monkeyp
     assert result.code == 3 and not findings["healthy"]
     assert findings["missing"] == ["av"]
     assert "weights" in findings["models"]["shapes-wan"]["detail"]
+
+
+def test_every_shipped_model_is_looked_for(
+    command: Command, monkeypatch: pytest.MonkeyPatch, shipped_model: Path
+) -> None:
+    def one_is_gone(name: str) -> Path:
+        if name == "shapes-new":
+            raise FileNotFoundError("the weights of 'shapes-new' are missing")
+        return shipped_model
+
+    monkeypatch.setattr("dit_accel.shapes.MODELS", {"shapes-wan": "wan", "shapes-new": "new"})
+    monkeypatch.setattr("dit_accel.shapes.path", one_is_gone)
+    findings = json.loads(command("doctor", "--json").out)
+    assert {name: model["ok"] for name, model in findings["models"].items()} == {
+        "shapes-wan": True,
+        "shapes-new": False,
+    }
+    assert not findings["healthy"]

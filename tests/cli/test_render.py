@@ -13,7 +13,7 @@ import pytest
 
 from dit_accel.video import read_metadata, read_video
 
-from .conftest import PROMPT, Command
+from .conftest import INFO, PROMPT, Command
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -131,24 +131,20 @@ def test_threads_are_set_for_the_run_only(render: Command, tmp_path: Path) -> No
     assert torch.get_num_threads() == before
 
 
-def test_the_shipped_name_brings_its_own_defaults(
-    command: Command, tiny_wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dit_accel.cli.settings import shapes_defaults
-
-    monkeypatch.setattr("dit_accel.shapes.path", lambda name: tiny_wan_folder)
-    small = ("--frames", 5, "--height", 32, "--width", 32, "--steps", 1)
-    result = command("render", PROMPT, "-o", tmp_path / "out.mp4", *small)
+def test_the_shipped_name_brings_its_own_defaults(command: Command, shipped_model: Path, tmp_path: Path) -> None:
+    result = command("render", PROMPT, "-o", tmp_path / "out.mp4")
     assert result.code == 0, result.err
-    record, defaults = record_of(tmp_path), shapes_defaults()
+    record = record_of(tmp_path)
     assert record["model"] == "shapes-wan"
-    assert (record["fps"], record["guidance"]) == (defaults["fps"], defaults["guidance"])
-    assert (record["attention"]["block"], record["attention"]["decay"]) == (defaults["block"], defaults["decay"])
-    assert record["attention"]["dense_steps"] == defaults["dense_steps"]
+    sampling = ("frames", "height", "width", "steps", "guidance", "fps")
+    assert {name: record[name] for name in sampling} == {name: INFO[name] for name in sampling}
+    assert INFO["attention"].items() <= record["attention"].items()
+    result = command("render", PROMPT, "-o", tmp_path / "out.mp4", "--force", "--fps", 3, "--decay", 0.5)
+    record = record_of(tmp_path)
+    assert (record["fps"], record["attention"]["decay"], record["attention"]["block"]) == (3, 0.5, 64)
 
 
-def test_defaults_of_the_shipped_model_are_complete() -> None:
-    from dit_accel.cli.settings import shapes_defaults
-
-    names = {"frames", "height", "width", "steps", "guidance", "fps", "dense_steps", "dense_layers", "block", "decay"}
-    assert shapes_defaults().keys() == names
+def test_a_folder_of_the_shapes_zoo_does_so_too(command: Command, shipped_model: Path, tmp_path: Path) -> None:
+    result = command("render", PROMPT, "-o", tmp_path / "out.mp4", "--model", shipped_model)
+    assert result.code == 0, result.err
+    assert record_of(tmp_path)["guidance"] == INFO["guidance"]

@@ -1,14 +1,13 @@
-"""Renders prompts of the shapes world with a pipeline and judges the clips; report and comparison share it."""
+"""Renders prompts of the shapes world with a pipeline; report and comparison share it."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import platform
-import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib import metadata
@@ -17,14 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .evaluate import Score, judge, observe
 from .journal import Record
-from .settings import Settings
-from .world import Attributes
+from .settings import Settings, model_folder
 
 if TYPE_CHECKING:
-    from ..acceleration import Acceleration
-    from ..report import Report
+    from ...acceleration import Acceleration
+    from ...report import Report
 
 PACKAGES = ("torch", "diffusers", "transformers")
 
@@ -33,7 +30,7 @@ class Sample(NamedTuple):
     """A clip ``[frames, 3, height, width]`` in [0, 1] on the CPU, and what it took.
 
     Attributes:
-        video: the clip.
+        video: the clip; an image is a clip of one frame.
         seconds: the whole call, with text encoding and decoding.
         sampling_seconds: up to the end of the last step, without decoding.
         attention: what the method did (kept pairs, backend, calls that fell back to dense); None for dense.
@@ -48,27 +45,30 @@ class Sample(NamedTuple):
 class Sampler:
     """A loaded pipeline that renders single prompts, dense or accelerated, always from the same noise.
 
+    Its class is the one that the folder's ``model_index.json`` names: any text-to-video or text-to-image pipeline.
+
+    Attributes:
+        pipe: the pipeline on its device.
+        load_seconds: what reading it and bringing it to its device took, without the import of diffusers.
+
     Raises:
-        FileNotFoundError: if the model's folder does not exist.
+        ValueError: if there is no such model, or it makes images and clips were asked for.
+        FileNotFoundError: if its folder holds no pipeline.
     """
 
     def __init__(self, settings: Settings) -> None:
-        from diffusers import WanPipeline
-
         self.settings = settings
         self.folder = model_folder(settings.model)
-        # The autoencoder loses visible quality in 16 bits; the pipeline converts the latents to whatever it has.
-        dtypes = {"default": getattr(torch, settings.dtype), "vae": torch.float32}
-        with warnings.catch_warnings():
-            # older diffusers have no other name for it
-            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
-            self.pipe = WanPipeline.from_pretrained(self.folder, torch_dtype=dtypes)
-        self.pipe.to(settings.device)
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe, self.load_seconds = _load(self.folder, settings)
+        self.makes_clips = "num_frames" in inspect.signature(self.pipe.__call__).parameters
+        if settings.frames > 1 and not self.makes_clips:
+            raise ValueError(
+                f"{type(self.pipe).__name__} makes images: say motion false and frames 1 in {self.folder}/shapes.json"
+            )
 
     def sample(self, prompt: str, index: int, attention: str) -> Sample:
         """Renders the prompt of one index; noise depends on the index alone, not on device or attention."""
-        settings, ends = self.settings, [0.0]
+        ends = [0.0]
 
         def step_end(_pipe: object, _step: int, _timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
             ends.append(self._now())
@@ -76,20 +76,10 @@ class Sampler:
 
         with self._accelerated(attention) as acceleration:
             started = self._now()
-            output = self.pipe(
-                prompt,
-                height=settings.height,
-                width=settings.width,
-                num_frames=settings.frames,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
-                generator=torch.Generator("cpu").manual_seed(settings.seed + index),
-                output_type="pt",
-                callback_on_step_end=step_end,
-            )
+            output = self.pipe(prompt, **self._arguments(index), callback_on_step_end=step_end)
             finished = self._now()
             attention_report = None if acceleration is None else _attention(acceleration.report())
-        video = output.frames[0].float().cpu().clamp(0, 1)
+        video = (output.frames[0] if self.makes_clips else output.images[:1]).float().cpu().clamp(0, 1)
         return Sample(video, finished - started, ends[-1] - started, attention_report)
 
     def context(self) -> Record:
@@ -97,9 +87,22 @@ class Sampler:
         return {
             **asdict(self.settings),
             "model": self.folder.name if Path(self.settings.model).is_dir() else self.settings.model,
+            "pipeline": type(self.pipe).__name__,
             "weights": weights_digest(self.folder),
             "versions": {**{name: metadata.version(name) for name in PACKAGES}, "dit_accel": _own_version()},
             "machine": device_name(self.settings.device),
+        }
+
+    def _arguments(self, index: int) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "height": settings.height,
+            "width": settings.width,
+            **({"num_frames": settings.frames} if self.makes_clips else {}),
+            "num_inference_steps": settings.steps,
+            "guidance_scale": settings.guidance,
+            "generator": torch.Generator("cpu").manual_seed(settings.seed + index),
+            "output_type": "pt",
         }
 
     def _accelerated(self, attention: str) -> AbstractContextManager[Acceleration | None]:
@@ -113,41 +116,6 @@ class Sampler:
         if torch.device(self.settings.device).type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-def judged(video: torch.Tensor, attributes: Attributes) -> Record:
-    """What a clip shows and which words of its prompt are right, as JSON values."""
-    seen = observe(video)
-    track = seen.centers[~seen.centers.isnan().any(1)]
-    return {
-        "seen": {slot: getattr(seen, slot) for slot in Attributes._fields},
-        "right": judge(seen, attributes)._asdict(),
-        "overlap": _rounded(seen.overlap),
-        "residual": _rounded(seen.residual),
-        "track": [[round(value, 1) for value in point.tolist()] for point in track[[0, -1]]] if len(track) else None,
-    }
-
-
-def accuracy(judgements: Sequence[Record]) -> Record:
-    """Right words over all clips, by attribute and for whole prompts."""
-    scores = [Score(**judgement["right"]) for judgement in judgements]
-    counts = {slot: sum(getattr(score, slot) for score in scores) for slot in (*Score._fields, "all")}
-    return {slot: {"right": right, "of": len(scores), "share": right / len(scores)} for slot, right in counts.items()}
-
-
-def model_folder(model: str) -> Path:
-    """The folder of a shipped model's name or of a path.
-
-    Raises:
-        FileNotFoundError: if it holds no pipeline.
-    """
-    if Path(model).is_dir():
-        if not (Path(model) / "model_index.json").exists():
-            raise FileNotFoundError(f"{model} holds no model_index.json; pass the folder that save_pretrained wrote")
-        return Path(model)
-    from . import path
-
-    return path(model)
 
 
 def weights_digest(folder: Path) -> str:
@@ -165,23 +133,33 @@ def device_name(device: str) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def median_seconds(values: Sequence[float]) -> float:
-    """Median, rounded to milliseconds; robust against the slow first call."""
-    return round(statistics.median(values), 3)
-
-
-def say(message: str) -> None:
+def tell(message: str) -> None:
     """One line of progress on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def _load(folder: Path, settings: Settings) -> tuple[Any, float]:
+    from diffusers import DiffusionPipeline
+
+    dtypes: Any = getattr(torch, settings.dtype)
+    index = DiffusionPipeline.load_config(folder)
+    if index["_class_name"].startswith("Wan"):
+        # Its autoencoder loses visible quality in 16 bits; the pipeline converts the latents to whatever it has.
+        dtypes = {"default": dtypes, "vae": torch.float32}
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        # older diffusers have no other name for it
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtypes)
+    pipe.to(settings.device)
+    seconds = time.perf_counter() - started
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, seconds
 
 
 def _attention(report: Report) -> Record:
     names = ("density", "plan_density", "backend", "fallbacks")
     return {name: getattr(report, name) for name in names}
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
 
 
 def _own_version() -> str:
