@@ -166,6 +166,14 @@ def test_another_gradient_is_undecided(top: tuple[float, ...], bottom: tuple[flo
     assert (seen.background, seen.gradient) == ("gray", None)
 
 
+def test_an_object_that_turns_its_color_is_one_without_a_color_word() -> None:
+    scene = Scene((RED,), "gray")
+    video = torch.where(
+        torch.arange(9).view(9, 1, 1, 1) < 5, shown(scene), shown(Scene((changed(RED, color="magenta"),), "gray"))
+    )
+    assert wrong_slots(video, scene.words) == {"color"}
+
+
 def test_a_pale_object_has_no_color_word() -> None:
     pale = disk(torch.full((3, 3, 128, 128), 0.02), (0.5, 0.5), 0.15, (0.97, 0.6, 0.6))
     (item,) = observe(pale).objects

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from dit_accel.shapes.evaluate.backdrop import fit_backdrop
 from dit_accel.shapes.evaluate.motion import fit_circle, name_motion
 from dit_accel.shapes.evaluate.outline import fit_shape, is_clear, name_size, rank_shapes, window
-from dit_accel.shapes.evaluate.pieces import Piece, find_layers, label_pieces, nearest_hue, split
-from dit_accel.shapes.evaluate.texture import nearest, read_surface
+from dit_accel.shapes.evaluate.pieces import Piece, find_pieces, label_pieces, nearest_hue, split
+from dit_accel.shapes.evaluate.texture import name_color, read_surface
 from dit_accel.shapes.evaluate.tracks import find_tracks
 from dit_accel.shapes.evaluate.working import dilate, erode, moments, working_copy
 from dit_accel.shapes.world import (
@@ -168,8 +168,8 @@ def test_other_patterns_have_no_texture_word() -> None:
 
 
 def test_colors_far_from_the_palette_have_no_name() -> None:
-    assert nearest(torch.tensor([0.85, 0.2, 0.15]), COLORS, 0.45) == "red"
-    assert nearest(torch.tensor([0.5, 0.5, 0.5]), COLORS, 0.45) is None
+    assert name_color((0.85, 0.2, 0.15)) == "red"
+    assert name_color((0.5, 0.5, 0.5)) is None
 
 
 @pytest.mark.parametrize("color", COLORS)
@@ -208,9 +208,8 @@ def test_outlines_lie_half_way_between_object_and_background(color: str, backgro
     trail = clip.masks.roll(12, 3).maximum(clip.masks.roll(30, 3)) * (1 - clip.masks)  # as large as the object
     trailing = clip.video.lerp(inside, 0.27 * trail)
     for video in (blurred, trailing):
-        (layer,) = find_layers(video, clip.backdrop[:, :, 0])
-        ((found,),) = layer.pieces
-        assert layer.color == color
+        ((found,),) = find_pieces(video, clip.backdrop[:, :, 0])
+        assert found.hue == color
         assert found.area == pytest.approx(math.pi * (0.15 * 128) ** 2, rel=0.03)
         assert found.center == pytest.approx((64, 64), abs=0.5)
 
@@ -229,10 +228,20 @@ PICTURE = [
 def test_pieces_are_told_apart_and_lines_dropped() -> None:
     mask = torch.tensor([[mark == "#" for mark in row for _ in range(2)] for row in PICTURE for _ in range(2)])
     (pieces, nothing) = split(torch.stack([mask, torch.zeros_like(mask)]), least=20)
-    assert [round(piece.center[0]) for piece in pieces] == [6, 24]
-    assert [piece.area for piece in pieces] == sorted((piece.area for piece in pieces), reverse=True)
+    assert [round(moments(piece[None].float())[1][0, 0].item()) for piece in pieces] == [6, 24]
     assert nothing == []
     assert [len(found) for found in split(mask[None], least=70)] == [1]
+
+
+def test_a_drifting_hue_is_one_piece_and_two_that_meet_are_two() -> None:
+    cyan, blue = (torch.tensor(rgb).view(3, 1, 1) for rgb in ((0.1, 0.8, 0.9), (0.15, 0.4, 0.95)))
+    video, empty = torch.full((2, 3, 96, 96), 0.98), torch.full((3, 96), 0.98)
+    video[:, :, 30:60, 20:70] = cyan.lerp(blue, torch.linspace(0, 1, 50))
+    video[1, :, 30:60, 45:70] = torch.tensor(COLORS["blue"]).view(3, 1, 1)
+    video[1, :, 30:60, 20:45] = torch.tensor(COLORS["cyan"]).view(3, 1, 1)
+    drifting, parted = find_pieces(video, empty)
+    assert [(round(found.center[0]), found.area, found.hue) for found in drifting] == [(45, 1500, "cyan")]
+    assert sorted((round(found.center[0]), found.hue) for found in parted) == [(32, "cyan"), (58, "blue")]
 
 
 def test_pieces_are_labeled_apart() -> None:
@@ -247,8 +256,8 @@ def test_pieces_are_labeled_apart() -> None:
     assert len(labels[1].unique()) == 2  # the rest hangs together
 
 
-def piece(x: float, y: float) -> Piece:
-    return Piece((x, y), 100.0, torch.zeros(1, 1, dtype=torch.bool))
+def piece(x: float, y: float, hue: str = "red") -> Piece:
+    return Piece((x, y), 100.0, torch.zeros(1, 1, dtype=torch.bool), hue)
 
 
 def test_tracks_follow_the_nearest_piece() -> None:
@@ -258,6 +267,17 @@ def test_tracks_follow_the_nearest_piece() -> None:
     tracks = find_tracks(pieces, 128, 128)
     assert sorted([*{piece.center[1] for piece in track.pieces}] for track in tracks) == [[20], [50]]
     assert all(track.frames == list(range(33)) for track in tracks)
+
+
+def test_tracks_keep_to_one_hue_if_they_can() -> None:
+    crossing = [[piece(10 + 3 * t, 60), piece(106 - 3 * t, 62, "blue")] for t in range(33)]
+    tracks = find_tracks(crossing, 128, 128)
+    assert sorted({found.hue for found in track.pieces} for track in tracks) == [{"red"}, {"blue"}]
+    turning = [[piece(10 + 3 * t, 60, "red" if t < 20 else "magenta")] for t in range(33)]
+    (track,) = find_tracks(turning, 128, 128)
+    assert (len(track.frames), track.hue) == (33, "red")
+    elsewhere = [[piece(10, 60)] if t < 20 else [piece(30, 60, "magenta")] for t in range(33)]
+    assert [len(track.frames) for track in find_tracks(elsewhere, 128, 128)] == [20]
 
 
 def test_tracks_bridge_gaps_and_flashes_are_dropped() -> None:

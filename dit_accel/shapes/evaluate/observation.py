@@ -10,7 +10,7 @@ from ..world import RGB
 from .backdrop import Backdrop, fit_backdrop, name_backdrop, rgb
 from .motion import name_motion
 from .outline import fit_shape, is_clear, name_size, rank_shapes, spread, window
-from .pieces import find_layers
+from .pieces import find_pieces
 from .redraw import redraw
 from .texture import read_surface
 from .tracks import Track, find_tracks
@@ -72,8 +72,8 @@ class Observation:
 def observe(video: torch.Tensor) -> Observation:
     """Reads objects and background off a clip or, if it has one frame, an image.
 
-    The background is a line fitted to the rows' median colors; what differs from it is separated by hue into connected
-    pieces, and pieces are followed through the frames. Of each object, the outline, texture and track are fitted.
+    The background is a line fitted to the rows' median colors; what differs from it is cut into connected pieces where
+    hues meet, and pieces are followed through the frames. Of each object, the outline, texture and track are fitted.
 
     Args:
         video: ``[frames, 3, height, width]`` floating point in [0, 1], on any device.
@@ -95,15 +95,12 @@ def observe(video: torch.Tensor) -> Observation:
 
 def _find_objects(small: torch.Tensor, found: Backdrop, scale: float, size: torch.Size) -> list[ObservedObject]:
     height, width = small.shape[-2:]
-    objects = [
-        _read(small, track, layer.color, scale, size)
-        for layer in find_layers(small, found.rows(height))
-        for track in find_tracks(layer.pieces, height, width)
-    ]
+    tracks = find_tracks(find_pieces(small, found.rows(height)), height, width)
+    objects = [_read(small, track, scale, size) for track in tracks]
     return sorted(objects, key=lambda item: -float(item.radius.nanmedian()))
 
 
-def _read(small: torch.Tensor, track: Track, hue: str | None, scale: float, size: torch.Size) -> ObservedObject:
+def _read(small: torch.Tensor, track: Track, scale: float, size: torch.Size) -> ObservedObject:
     times = torch.tensor(track.frames)
     view = window(torch.stack([piece.mask for piece in track.pieces]))
     ranks = rank_shapes(view)
@@ -111,7 +108,7 @@ def _read(small: torch.Tensor, track: Track, hue: str | None, scale: float, size
     fit = fit_shape(view, shape)
     some = spread(len(times), TEXTURE_FRAMES)
     part = view.pick(some)
-    surface = read_surface(part.cut(small, times[some]), part, fit.pick(some), hue)
+    surface = read_surface(part.cut(small, times[some]), part, fit.pick(some), track.hue)
     centers, radius = torch.full((len(small), 2), torch.nan), torch.full((len(small),), torch.nan)
     centers[times], radius[times] = fit.centers * scale, fit.radius * scale
     return ObservedObject(

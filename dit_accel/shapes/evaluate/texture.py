@@ -15,6 +15,7 @@ PERIOD = 0.8  # of the radius: one dark and one light stripe
 PATTERN, PLAIN = 0.14, 0.10  # amplitudes; the world's stripes have 0.64, its checks 0.81, blurred ones a third of it
 CLEAR = 1.4  # how much stronger the pattern must be than the next
 MOST_SPREAD = 0.3  # standard deviation of the lightness of a plain surface; the world's patterns have 0.5
+STEADY = 0.6  # share of the frames above which a color is that of the object
 COLOR_TOLERANCE = 0.45  # RGB distance; the palette's colors are at least 0.7 apart
 
 
@@ -22,7 +23,7 @@ class Surface(NamedTuple):
     """What a surface shows.
 
     Attributes:
-        color: word of ``COLORS``, or None if it is far from all of them.
+        color: word of ``COLORS``, or None if it is far from all of them or changes.
         texture: word of ``TEXTURES``, or None if the pattern is unclear.
         rgb: median color; of a pattern, of its darker half.
     """
@@ -50,9 +51,12 @@ def read_surface(pixels: torch.Tensor, view: Window, fit: Fit, hue: str | None) 
     lightness = ((pixels - first) * axis).sum(1) / axis.square().sum()  # 0 for the color, 1 for its light half
     texture = name_texture(*pattern_amplitudes(lightness, inner, view, fit))
     if texture != "plain":
-        inner = inner & (lightness < lightness[inner].mean())
+        mean = (lightness * inner).sum((1, 2), True) / inner.sum((1, 2), True)
+        inner = inner & (lightness <= mean + 1e-6)
+    words = [name_color(_median(frame[None], part[None])) for frame, part in zip(pixels, inner, strict=True)]
     color = _median(pixels, inner)
-    return Surface(nearest(torch.tensor(color), COLORS, COLOR_TOLERANCE), texture, color)
+    steady = words.count(name_color(color)) > STEADY * len(words)
+    return Surface(name_color(color) if steady else None, texture, color)
 
 
 def pattern_amplitudes(
@@ -102,11 +106,11 @@ def name_texture(stripes: float, upright: float, checked: float, spread: float) 
     return None
 
 
-def nearest(color: torch.Tensor, palette: dict[str, RGB], tolerance: float) -> str | None:
-    """The palette's word for an RGB color, or None if it is farther than ``tolerance`` from all of them."""
-    distances = (torch.tensor(list(palette.values())) - color).norm(dim=1)
-    index = int(distances.argmin())
-    return list(palette)[index] if float(distances[index]) <= tolerance else None
+def name_color(color: RGB) -> str | None:
+    """The color word nearest to an RGB color, or None if it is far from all of them."""
+    distances = {word: math.dist(color, rgb) for word, rgb in COLORS.items()}
+    word = min(distances, key=lambda word: distances[word])
+    return word if distances[word] <= COLOR_TOLERANCE else None
 
 
 def _median(pixels: torch.Tensor, mask: torch.Tensor) -> RGB:
