@@ -75,6 +75,16 @@ def test_learning_rate_rises_holds_and_falls(tmp_path):
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] < 0.3
 
 
+def test_finished_weights_go_on_at_a_small_learning_rate_that_falls_from_the_start(tmp_path):
+    trainer = fit_line(tmp_path)
+    trainer.config = loop.LoopConfig.going_on(steps=100)
+    rates = []
+    for trainer.step in (0, 29, 30, 65, 99):
+        rates.append(trainer._schedule())
+    assert max(rates) == rates[1] == 0.15 and rates[0] < 0.01
+    assert rates[2:] == sorted(rates[2:], reverse=True) and 0 < rates[-1] < 0.01
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     fit_line(tmp_path)
     with pytest.raises(ValueError, match="another version of this model; delete it or choose another folder"):

@@ -57,12 +57,10 @@ SMALL = ClipSize(frames=17, side=SIDE // 2, parts=(Part(latent_frames=5, batch=1
 FULL = ClipSize(
     frames=FRAMES,
     side=SIDE,
-    parts=(  # half of the steps lean towards noise, where place and motion are settled; half to where outlines are
-        Part(latent_frames=9, batch=3, shift=SHIFT, share=0.3),
-        Part(latent_frames=9, batch=3, shift=4.0, share=0.15),
-        Part(latent_frames=5, batch=6, shift=8.0, share=0.15),
-        Part(latent_frames=3, batch=10, shift=8.0, share=0.1),
-        Part(latent_frames=3, batch=10, shift=4.0, share=0.3),
+    parts=(
+        Part(latent_frames=9, batch=3, shift=SHIFT, share=0.35),
+        Part(latent_frames=5, batch=6, shift=10.0, share=0.2),
+        Part(latent_frames=3, batch=10, shift=8.0, share=0.45),
     ),
 )
 

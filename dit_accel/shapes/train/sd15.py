@@ -54,7 +54,8 @@ def train_sd15(
     steps = steps or CURRICULUM.steps_on(device)
     pipe = build_pipeline() if init is None else StableDiffusionPipeline.from_pretrained(init)
     model = Sd15Model(pipe).train().to(device)
-    trainer = Trainer(model, optimizers(model, 1e-3, 1e-3), LoopConfig(steps=steps, warmup=200), folder)
+    loop = LoopConfig(steps=steps, warmup=200) if init is None else LoopConfig.going_on(steps)
+    trainer = Trainer(model, optimizers(model, 1e-3, 1e-3), loop, folder)
     images = EncodedImages(vae, folder, device)
 
     def loss_at(step: int) -> torch.Tensor:

@@ -73,7 +73,8 @@ def train_sd3(
     if init is None:
         close_gates(pipe.transformer)
     model = Sd3Model(pipe).train().to(device)
-    trainer = Trainer(model, optimizers(model, 2e-3, 1.5e-3), LoopConfig(steps=steps, warmup=200), folder)
+    loop = LoopConfig(steps=steps, warmup=200) if init is None else LoopConfig.going_on(steps)
+    trainer = Trainer(model, optimizers(model, 2e-3, 1.5e-3), loop, folder)
     images = EncodedImages(vae, folder, device)
 
     def loss_at(step: int) -> torch.Tensor:

@@ -86,7 +86,8 @@ def train_wan(
     model.train().to(device)
     settings = settings_for(device)
     steps = steps or settings.wan_steps
-    trainer = Trainer(model, optimizers(model), LoopConfig(steps=steps, warmup=200), folder)
+    loop = LoopConfig(steps=steps, warmup=200) if init is None else LoopConfig.going_on(steps)
+    trainer = Trainer(model, optimizers(model), loop, folder)
     CountedPadding.install(model.transformer)
     clips = _ClipSets(vae_folder, folder, device)
 
