@@ -53,6 +53,7 @@ def attend(
     """Attends from queries to the keys that the plan lists.
 
     Runs under `torch.compile(fullgraph=True)`; a second plan of the same shapes reuses the graph.
+    Differentiable in q, k and v (once; through out and lse), on the backend that ran the forward pass.
 
     Args:
         q: `[B, H, q_len, D]`, float32, float16 or bfloat16, any strides (a transposed `[B, S, H, D]` is fine).
@@ -61,7 +62,7 @@ def attend(
         plan: Who attends to whom, on the same device.
         scale: Positive factor on the scores; `D ** -0.5` by default.
         return_lse: Also return the log-sum-exp of the scaled scores.
-        backend: "auto" (Triton on a GPU, gather elsewhere) or one of `BACKENDS`.
+        backend: "auto" (Triton on a GPU, gather elsewhere) or one of `BACKENDS`; "flex" runs only if named.
 
     Returns:
         `out`, shape and dtype of q; with `return_lse` `(out, lse)`, lse float32 `[B, H, q_len]` in natural log.  A
@@ -69,7 +70,7 @@ def attend(
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit, or the named backend cannot run the call.
-        NotImplementedError: A gradient is asked for; there is no backward pass.
+        NotImplementedError: A gradient is asked for of the flex backend, which has no backward pass.
     """
     _check_tensors(q, k, v)
     _check_plan(q, k, plan)
@@ -77,11 +78,6 @@ def attend(
         raise ValueError(f"Unknown attention backend {backend!r}. Choose 'auto' or one of {', '.join(BACKENDS)}.")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}. Leave it out for head_dim ** -0.5.")
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise NotImplementedError(
-            "Sparse attention has no backward pass, but q, k or v requires a gradient. "
-            "Run inference under torch.no_grad(), or detach the tensors."
-        )
     if plan.order is not None:
         q, k, v = (t.index_select(2, plan.order) for t in (q, k, v))
     band = plan.band

@@ -1,4 +1,4 @@
-"""Compiles the forward kernel for a GPU that is not there, and reads registers and spills off the result.
+"""Compiles the kernels for a GPU that is not there, and reads registers and spills off the result.
 
 Triton needs no driver to compile.  A kernel that spills registers to memory runs at a fraction of its speed, so the
 tests check every shipped configuration here.
@@ -17,10 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .triton_backward import delta_kernel, dkv_kernel, dq_kernel
+from .triton_backward_config import backward_config, backward_constants, delta_constants
 from .triton_forward import forward_kernel, forward_precision, kernel_constants, launch_config
 
 _ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
-_POINTERS = {"Lse": "*fp32", "Indices": "*i32", "Counts": "*i32", "FullCounts": "*i32", "Widths": "*i32"}
+_FLOAT_POINTERS = ("Lse", "Delta", "GradLse")
+_INT_POINTERS = ("Indices", "Counts", "FullCounts", "Widths", "Rows", "Bounds")
+_FLOATS = ("scale", "scale_log2")
 _WARP_SIZE = 32
 
 
@@ -72,8 +76,6 @@ def compile_forward(
     Raises:
         RuntimeError: Triton brings no cuobjdump, or TRITON_INTERPRET is set.
     """
-    if not isinstance(forward_kernel, triton.JITFunction):
-        raise RuntimeError("Kernels are interpreted, so there is nothing to compile. Unset TRITON_INTERPRET.")
     config = launch_config(capability, _ITEMSIZE[dtype], head_dim, block_q, block_kv)
     constants = kernel_constants(
         config,
@@ -84,26 +86,83 @@ def compile_forward(
         banded=banded,
         precision=forward_precision(dtype == "fp32"),
     )
-    names = forward_kernel.arg_names
+    return _compile(forward_kernel, capability, dtype, constants, config.warps, config.stages)
+
+
+def compile_backward(
+    kernel: str,
+    capability: tuple[int, int],
+    *,
+    dtype: str = "bf16",
+    head_dim: int = 128,
+    block_q: int = 128,
+    block_kv: int = 128,
+    short_tail: bool = False,
+    banded: bool = False,
+) -> KernelReport:
+    """Compiles a backward kernel exactly as a launch on that GPU would.
+
+    Args:
+        kernel: "dq", "dkv", or "delta", which ignores all that follows but dtype and head_dim.
+        capability: CUDA compute capability, such as (9, 0).
+        dtype: "fp16", "bf16" or "fp32".
+        head_dim: Head dimension.
+        block_q: Queries per plan block.
+        block_kv: Keys per plan block.
+        short_tail: Whether the last block on the walked side (keys for "dq", queries for "dkv") is short.
+        banded: Whether the plan has PARTIAL blocks.
+
+    Returns:
+        The resource report.
+
+    Raises:
+        RuntimeError: Triton brings no cuobjdump, or TRITON_INTERPRET is set.
+    """
+    if kernel == "delta":
+        return _compile(delta_kernel, capability, dtype, delta_constants(head_dim), 4, 1)
+    config = backward_config(kernel, capability, _ITEMSIZE[dtype], head_dim, block_q, block_kv)
+    constants = backward_constants(
+        config,
+        head_dim=head_dim,
+        block_q=block_q,
+        block_kv=block_kv,
+        short_tail=short_tail,
+        banded=banded,
+        precision=forward_precision(dtype == "fp32"),
+    )
+    function = {"dq": dq_kernel, "dkv": dkv_kernel}[kernel]
+    return _compile(function, capability, dtype, constants, config.warps, config.stages)
+
+
+def _compile(
+    kernel: Any, capability: tuple[int, int], dtype: str, constants: dict[str, Any], warps: int, stages: int
+) -> KernelReport:
+    if not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError("Kernels are interpreted, so there is nothing to compile. Unset TRITON_INTERPRET.")
+    names = kernel.arg_names
     signature = {name: _argument_type(name, dtype, constants) for name in names}
     # What a launch would find: aligned pointers and strides that are multiples of 16.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if _is_aligned(name, signature)}
-    source = ASTSource(fn=forward_kernel, signature=signature, constexprs=constants, attrs=aligned)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], _WARP_SIZE)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    return _report(triton.compile(source, target=target, options=options))
+    return _report(triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages}))
 
 
 def _argument_type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     if name in constants:
         return "constexpr"
-    if name in ("Q", "K", "V", "Out"):
-        return f"*{dtype}"
-    return _POINTERS.get(name, "fp32" if name == "scale_log2" else "i32")
+    if name in _FLOAT_POINTERS:
+        return "*fp32"
+    if name in _INT_POINTERS:
+        return "*i32"
+    if name in _FLOATS:
+        return "fp32"
+    # All other pointers are capitalised and hold the tensors of the call.
+    return f"*{dtype}" if name[0].isupper() else "i32"
 
 
 def _is_aligned(name: str, signature: dict[str, str]) -> bool:
-    return signature[name].startswith("*") or bool(re.match(r"(q|k|v|out)_stride", name))
+    return signature[name].startswith("*") or bool(re.match(r"(q|k|v|out|grad)_stride", name))
 
 
 def _report(kernel: Any) -> KernelReport:

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-BACKENDS = ("triton", "gather", "reference")
+BACKENDS = ("triton", "gather", "reference", "flex")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _MAX_HEAD_DIM = 256
@@ -94,10 +94,47 @@ def _check_reference(call: Call) -> Support:
     return Support("reference", True, "dense float32 attention under the expanded mask, for checking")
 
 
+def _no_flex(call: Call) -> str | None:
+    """Says what keeps FlexAttention from running the call, or None."""
+    if call.device_type not in ("cpu", "cuda"):
+        return f"FlexAttention is not set up for tensors on {call.device_type!r}; use backend='gather'"
+    if (problem := _flex_problem()) is not None:
+        return f"{problem}, or use backend='gather'"
+    if call.device_type == "cpu":
+        return None
+    if not _triton_installed():
+        return "FlexAttention compiles to Triton, which is not installed; run: pip install triton"
+    if interpreting():
+        return "TRITON_INTERPRET is set, and FlexAttention's compiled kernels are not interpreted; unset it"
+    if not _MIN_TILE <= call.head_dim <= _MAX_HEAD_DIM:
+        return f"head dim {call.head_dim} is not within {_MIN_TILE} to {_MAX_HEAD_DIM}; use backend='gather'"
+    for name, block in (("block_q", call.block_q), ("block_kv", call.block_kv)):
+        if block % _MIN_TILE:
+            return f"{name}={block} is not a multiple of {_MIN_TILE}; rebuild the plan with blocks of 64 or 128"
+    return None
+
+
+@cache
+def _flex_problem() -> str | None:
+    # Importing FlexAttention takes a second, and most calls never ask for it.
+    from .flex_mask import flex_problem
+
+    return flex_problem()
+
+
+def _check_flex(call: Call) -> Support:
+    obstacle = _no_flex(call)
+    how = "FlexAttention, compiled once per shape, forward only"
+    if call.device_type == "cpu":
+        how = "FlexAttention's dense stand-in on the CPU (all scores in memory; for checking)"
+    return Support("flex", obstacle is None, obstacle or how)
+
+
 _CHECKS: dict[str, Callable[[Call], Support]] = {
     "triton": _check_triton,
     "gather": _check_gather,
     "reference": _check_reference,
+    "flex": _check_flex,
 }
 
 

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from .errors import EnvironmentProblem, one_line
+from .kernel_check import examine_kernels, known_warnings_hidden, print_kernels
 from .versions import installed, versions
 
 NAME = "doctor"
@@ -16,14 +17,20 @@ EXTRAS = {"triton": ("triton",), "ui": ("gradio",), "xformers": ("xformers",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """This command has no options of its own."""
+    """Adds the one option of this command."""
+    parser.add_argument(
+        "--kernels", action="store_true", help="check every attention backend instead, with errors and configurations"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints the findings; exit code 3 if something essential is missing."""
-    findings = examine()
+    findings = examine_only_kernels() if options.kernels else examine()
     if options.json:
         print(json.dumps(findings, allow_nan=False))
+    elif options.kernels:
+        _print_devices(findings)
+        print_kernels(findings)
     else:
         _print_findings(findings)
     return 0 if findings["healthy"] else EnvironmentProblem.exit_code
@@ -48,6 +55,18 @@ def examine() -> dict[str, Any]:
     works = any(row["ok"] for row in findings["backends"])
     findings["healthy"] = not missing and works and all(model["ok"] for model in findings["models"].values())
     return findings
+
+
+def examine_only_kernels() -> dict[str, Any]:
+    """Collects the findings of ``--kernels`` as plain data.
+
+    Raises:
+        EnvironmentProblem: torch is not installed.
+    """
+    if installed("torch") is None:
+        raise EnvironmentProblem("torch is not installed, so there is no attention to check; run: pip install torch")
+    found = {"torch": installed("torch"), "triton": installed("triton")}
+    return {"versions": found, "devices": _devices(), **examine_kernels(_kinds())}
 
 
 def _shipped_model(name: str) -> dict[str, Any]:
@@ -100,16 +119,21 @@ def _backends(kind: str) -> list[dict[str, Any]]:
 
 def _try_backend(call: Any, expected: Any) -> dict[str, Any]:
     try:
-        error = (call() - expected).abs().max().item()
+        with known_warnings_hidden():
+            error = (call() - expected).abs().max().item()
     except Exception as failure:  # a diagnosis must survive whatever a backend does
         return {"ok": False, "detail": f"{type(failure).__name__}: {one_line(failure)}"}
     return {"ok": error < 1e-2, "detail": f"largest difference from the reference {error:.1e}"}
 
 
-def _print_findings(findings: dict[str, Any]) -> None:
+def _print_devices(findings: dict[str, Any]) -> None:
     for name, version in findings["versions"].items():
         print(f"{name:<14} {version or 'not installed: pip install ' + name}")
     print("\n".join(f"{'device':<14} {device}" for device in findings["devices"]))
+
+
+def _print_findings(findings: dict[str, Any]) -> None:
+    _print_devices(findings)
     for extra, present in findings["extras"].items():
         state = "installed" if present else f'not installed: pip install "dit-accel[{extra}]"'
         print(f"{'extra ' + extra:<14} {state}")

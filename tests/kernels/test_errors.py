@@ -68,20 +68,10 @@ def test_unknown_backend_lists_the_known_ones() -> None:
         attend(*tensors(), make_plan(), backend="cudnn")
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_gradients_are_refused_not_lost(which: int) -> None:
-    inputs = tensors()
-    inputs[which].requires_grad_()
-    with pytest.raises(NotImplementedError, match="no_grad"):
-        attend(*inputs, make_plan())
-    with torch.no_grad():
-        assert attend(*inputs, make_plan()).isfinite().all()
-
-
 def test_explain_covers_every_backend() -> None:
     answers = explain(*tensors(), make_plan())
     assert tuple(answer.backend for answer in answers) == BACKENDS
-    assert [answer.ok for answer in answers] == [False, True, True]
+    assert [answer.ok for answer in answers] == [False, True, True, True]
     with pytest.raises(ValueError, match="cannot run this call") as caught:
         attend(*tensors(), make_plan(), backend="triton")
     assert answers[0].reason in str(caught.value)

@@ -1,0 +1,474 @@
+"""Block-sparse flash attention in Triton: the backward pass.
+
+Two kernels, and no atomics, so that equal inputs give equal gradients.  One owns a tile of queries and walks the key
+blocks of its row for dQ; the other owns a tile of keys and walks the query blocks that list it for dK and dV.
+Both recompute the weights from the log-sum-exp of the forward pass (FlashAttention-2, arXiv 2307.08691); the formulas
+are those of `backward.py`.
+"""
+
+# Kernel arguments are device values, for which Python has no types.
+# mypy: disable-error-code=no-untyped-def
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backward import BackwardInputs, Gradients
+from .invert import invert_lists
+from .sparse_plan import SparsePlan
+from .triton_backward_config import DELTA_TILE, BackwardConfig, backward_config, backward_constants, delta_constants
+from .triton_forward import _band_keeps, _load_rows, forward_precision
+
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def delta_kernel(
+    Out,
+    Grad,
+    GradLse,
+    Lse,
+    Delta,
+    out_stride_b,
+    out_stride_h,
+    out_stride_s,
+    grad_stride_b,
+    grad_stride_h,
+    grad_stride_s,
+    heads,
+    q_len,
+    HEAD_DIM: tl.constexpr,
+    PAD_DIM: tl.constexpr,
+    TILE_M: tl.constexpr,
+):
+    """Computes `sum(out * grad_out) - grad_lse` per query; grid (tiles of queries, batch * heads)."""
+    start = tl.program_id(0) * TILE_M
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    offsets, dims = tl.arange(0, TILE_M), tl.arange(0, PAD_DIM)
+    Out += batch * out_stride_b + head * out_stride_h
+    Grad += batch * grad_stride_b + head * grad_stride_h
+    out = _load_rows(Out, start, out_stride_s, q_len, offsets, dims, HEAD_DIM, True).to(tl.float32)
+    grad = _load_rows(Grad, start, grad_stride_s, q_len, offsets, dims, HEAD_DIM, True).to(tl.float32)
+    at = tl.program_id(1).to(tl.int64) * q_len + start + offsets
+    inside = start + offsets < q_len
+    delta = tl.sum(out * grad, 1) - tl.load(GradLse + at, mask=inside, other=0.0)
+    # A query without keys gets gradient 0, whatever arrives at its lse of -inf.
+    some = tl.load(Lse + at, mask=inside, other=0.0) > float("-inf")
+    tl.store(Delta + at, tl.where(some, delta, 0.0), mask=inside)
+
+
+@triton.jit
+def _load_queries(values, start, offsets, limit, other, MASKED: tl.constexpr):
+    """Loads one float32 per query of a tile."""
+    if MASKED:
+        return tl.load(values + start + offsets, mask=start + offsets < limit, other=other)
+    return tl.load(values + start + offsets)
+
+
+@triton.jit
+def dq_kernel(
+    Q,
+    K,
+    V,
+    Grad,
+    GradQ,
+    Lse,
+    Delta,
+    Indices,
+    Counts,
+    FullCounts,
+    Widths,
+    scale,
+    scale_log2,
+    q_stride_b,
+    q_stride_h,
+    q_stride_s,
+    k_stride_b,
+    k_stride_h,
+    k_stride_s,
+    v_stride_b,
+    v_stride_h,
+    v_stride_s,
+    grad_stride_b,
+    grad_stride_h,
+    grad_stride_s,
+    list_stride_b,
+    list_stride_h,
+    list_stride_row,
+    count_stride_b,
+    count_stride_h,
+    heads,
+    q_len,
+    kv_len,
+    frames,
+    frame_tokens,
+    video_len,
+    sink_tokens,
+    HEAD_DIM: tl.constexpr,
+    PAD_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASKED_TILE: tl.constexpr,
+    SHORT_TAIL: tl.constexpr,
+    BANDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Computes dQ of one tile of queries; grid (q blocks * tiles per block, batch * heads).
+
+    Arguments as in `forward_kernel`; `GradQ` is contiguous `[B, H, q_len, HEAD_DIM]`, `Lse` and `Delta` are contiguous
+    `[B, H, q_len]`.  SHORT_TAIL says that the last key block is short.
+    """
+    tile = tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    row = tile // (BLOCK_Q // TILE_M)
+
+    counts_at = batch * count_stride_b + head * count_stride_h + row
+    listed = tl.load(Counts + counts_at)
+    blocks = Indices + batch * list_stride_b + head * list_stride_h + row.to(tl.int64) * list_stride_row
+    full = listed
+    if BANDED:
+        full = tl.load(FullCounts + counts_at)
+    plain = full
+    if SHORT_TAIL:
+        # The short block has the highest id, so among the ascending FULL blocks it can only be the last one.
+        final = tl.load(blocks + full - 1, mask=full > 0, other=-1)
+        plain = tl.where(final == kv_len // BLOCK_KV, full - 1, full)
+
+    Q += batch * q_stride_b + head * q_stride_h
+    K += batch * k_stride_b + head * k_stride_h
+    V += batch * v_stride_b + head * v_stride_h
+    Grad += batch * grad_stride_b + head * grad_stride_h
+    GradQ += pair * q_len * HEAD_DIM
+
+    dims = tl.arange(0, PAD_DIM)
+    m_offsets = tl.arange(0, TILE_M)
+    n_offsets = tl.arange(0, TILE_N)
+    first = tile * TILE_M
+    q_pos = first + m_offsets
+    q = _load_rows(Q, first, q_stride_s, q_len, m_offsets, dims, HEAD_DIM, True)
+    grad = _load_rows(Grad, first, grad_stride_s, q_len, m_offsets, dims, HEAD_DIM, True)
+    # +inf makes every weight of a query that does not exist 0.
+    lse = _load_queries(Lse + pair * q_len, first, m_offsets, q_len, float("inf"), True) * 1.4426950408889634
+    delta = _load_queries(Delta + pair * q_len, first, m_offsets, q_len, 0.0, True)
+    acc = tl.zeros([TILE_M, PAD_DIM], tl.float32)
+
+    STEPS: tl.constexpr = BLOCK_KV // TILE_N
+    PADDED: tl.constexpr = HEAD_DIM != PAD_DIM
+    for step in tl.range(0, plain * STEPS, num_stages=STAGES):
+        start = tl.load(blocks + step // STEPS) * BLOCK_KV + (step % STEPS) * TILE_N
+        k = _load_rows(K, start, k_stride_s, kv_len, n_offsets, dims, HEAD_DIM, PADDED)
+        v = _load_rows(V, start, v_stride_s, kv_len, n_offsets, dims, HEAD_DIM, PADDED)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        weights = tl.math.exp2(scores - lse[:, None])
+        grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        grad_scores = (weights * (grad_weights - delta[:, None])).to(k.dtype)
+        acc = tl.dot(grad_scores, k, acc, input_precision=PRECISION)
+
+    if SHORT_TAIL or BANDED:
+        # The mask needs registers too, so this loop takes narrower steps.
+        MASKED_STEPS: tl.constexpr = BLOCK_KV // MASKED_TILE
+        masked_offsets = tl.arange(0, MASKED_TILE)
+        for step in tl.range(plain * MASKED_STEPS, listed * MASKED_STEPS, num_stages=1):
+            start = tl.load(blocks + step // MASKED_STEPS) * BLOCK_KV + (step % MASKED_STEPS) * MASKED_TILE
+            kv_pos = start + masked_offsets
+            k = _load_rows(K, start, k_stride_s, kv_len, masked_offsets, dims, HEAD_DIM, True)
+            v = _load_rows(V, start, v_stride_s, kv_len, masked_offsets, dims, HEAD_DIM, True)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            keep = (kv_pos < kv_len)[None, :]
+            if BANDED:
+                band = _band_keeps(q_pos, kv_pos, Widths, frames, frame_tokens, video_len, sink_tokens)
+                keep = keep & (band | (step < full * MASKED_STEPS))
+            # Masked after the exponential: a query without keys has lse -inf, and its exponentials are infinite.
+            weights = tl.where(keep, tl.math.exp2(scores - lse[:, None]), 0.0)
+            grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+            grad_scores = (weights * (grad_weights - delta[:, None])).to(k.dtype)
+            acc = tl.dot(grad_scores, k, acc, input_precision=PRECISION)
+
+    targets = GradQ + first.to(tl.int64) * HEAD_DIM + m_offsets[:, None] * HEAD_DIM + dims[None, :]
+    inside = (q_pos < q_len)[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(targets, (acc * scale).to(GradQ.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dkv_kernel(
+    Q,
+    K,
+    V,
+    Grad,
+    GradK,
+    GradV,
+    Lse,
+    Delta,
+    Rows,
+    Bounds,
+    Widths,
+    scale,
+    scale_log2,
+    q_stride_b,
+    q_stride_h,
+    q_stride_s,
+    k_stride_b,
+    k_stride_h,
+    k_stride_s,
+    v_stride_b,
+    v_stride_h,
+    v_stride_s,
+    grad_stride_b,
+    grad_stride_h,
+    grad_stride_s,
+    rows_stride_b,
+    rows_stride_h,
+    bounds_stride_b,
+    bounds_stride_h,
+    heads,
+    q_len,
+    kv_len,
+    frames,
+    frame_tokens,
+    video_len,
+    sink_tokens,
+    HEAD_DIM: tl.constexpr,
+    PAD_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASKED_TILE: tl.constexpr,
+    SHORT_TAIL: tl.constexpr,
+    BANDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Computes dK and dV of one tile of keys; grid (kv blocks * tiles per block, batch * heads).
+
+    `Rows` and `Bounds` are those of `ColumnLists`, with a last stride of 1; `GradK` and `GradV` are contiguous.
+    SHORT_TAIL says that the last query block is short.  Keys behind the end need no mask: each key only reaches its
+    own rows of dK and dV, and those are not stored.
+    """
+    tile = tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    column = tile // (BLOCK_KV // TILE_N)
+
+    bounds = Bounds + batch * bounds_stride_b + head * bounds_stride_h + 2 * column
+    begin, middle = tl.load(bounds), tl.load(bounds + 1)
+    rows = Rows + batch * rows_stride_b + head * rows_stride_h
+
+    Q += batch * q_stride_b + head * q_stride_h
+    K += batch * k_stride_b + head * k_stride_h
+    V += batch * v_stride_b + head * v_stride_h
+    Grad += batch * grad_stride_b + head * grad_stride_h
+    Lse += pair * q_len
+    Delta += pair * q_len
+
+    dims = tl.arange(0, PAD_DIM)
+    m_offsets = tl.arange(0, TILE_M)
+    n_offsets = tl.arange(0, TILE_N)
+    first = tile * TILE_N
+    kv_pos = first + n_offsets
+    k = _load_rows(K, first, k_stride_s, kv_len, n_offsets, dims, HEAD_DIM, True)
+    v = _load_rows(V, first, v_stride_s, kv_len, n_offsets, dims, HEAD_DIM, True)
+    acc_k = tl.zeros([TILE_N, PAD_DIM], tl.float32)
+    acc_v = tl.zeros([TILE_N, PAD_DIM], tl.float32)
+
+    STEPS: tl.constexpr = BLOCK_Q // TILE_M
+    PADDED: tl.constexpr = SHORT_TAIL or HEAD_DIM != PAD_DIM
+    for step in tl.range(begin * STEPS, middle * STEPS, num_stages=STAGES):
+        start = tl.load(rows + step // STEPS) * BLOCK_Q + (step % STEPS) * TILE_M
+        q = _load_rows(Q, start, q_stride_s, q_len, m_offsets, dims, HEAD_DIM, PADDED)
+        lse = _load_queries(Lse, start, m_offsets, q_len, float("inf"), SHORT_TAIL) * 1.4426950408889634
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+        weights = tl.math.exp2(scores - lse[None, :])
+        grad = _load_rows(Grad, start, grad_stride_s, q_len, m_offsets, dims, HEAD_DIM, PADDED)
+        acc_v = tl.dot(weights.to(grad.dtype), grad, acc_v, input_precision=PRECISION)
+        delta = _load_queries(Delta, start, m_offsets, q_len, 0.0, SHORT_TAIL)
+        grad_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        grad_scores = (weights * (grad_weights - delta[None, :])).to(q.dtype)
+        acc_k = tl.dot(grad_scores, q, acc_k, input_precision=PRECISION)
+
+    if BANDED:
+        # The mask needs registers too, so this loop takes narrower steps.
+        last = tl.load(bounds + 2)
+        MASKED_STEPS: tl.constexpr = BLOCK_Q // MASKED_TILE
+        masked_offsets = tl.arange(0, MASKED_TILE)
+        for step in tl.range(middle * MASKED_STEPS, last * MASKED_STEPS, num_stages=1):
+            start = tl.load(rows + step // MASKED_STEPS) * BLOCK_Q + (step % MASKED_STEPS) * MASKED_TILE
+            q = _load_rows(Q, start, q_stride_s, q_len, masked_offsets, dims, HEAD_DIM, True)
+            lse = _load_queries(Lse, start, masked_offsets, q_len, float("inf"), True) * 1.4426950408889634
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+            keep = _band_keeps_transposed(
+                kv_pos, start + masked_offsets, Widths, frames, frame_tokens, video_len, sink_tokens
+            )
+            weights = tl.where(keep, tl.math.exp2(scores - lse[None, :]), 0.0)
+            grad = _load_rows(Grad, start, grad_stride_s, q_len, masked_offsets, dims, HEAD_DIM, True)
+            acc_v = tl.dot(weights.to(grad.dtype), grad, acc_v, input_precision=PRECISION)
+            delta = _load_queries(Delta, start, masked_offsets, q_len, 0.0, True)
+            grad_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+            grad_scores = (weights * (grad_weights - delta[None, :])).to(q.dtype)
+            acc_k = tl.dot(grad_scores, q, acc_k, input_precision=PRECISION)
+
+    at = pair * kv_len * HEAD_DIM + first.to(tl.int64) * HEAD_DIM + n_offsets[:, None] * HEAD_DIM + dims[None, :]
+    inside = (kv_pos < kv_len)[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(GradK + at, (acc_k * scale).to(GradK.dtype.element_ty), mask=inside)
+    tl.store(GradV + at, acc_v.to(GradV.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _band_keeps_transposed(kv_pos, q_pos, widths, frames, frame_tokens, video_len, sink_tokens):
+    """`Band.keeps` for a tile of keys (down) and queries (across)."""
+    distance = tl.minimum(tl.abs((kv_pos // frame_tokens)[:, None] - (q_pos // frame_tokens)[None, :]), frames - 1)
+    offset = tl.abs((kv_pos % frame_tokens)[:, None] - (q_pos % frame_tokens)[None, :])
+    free_kv = (kv_pos >= video_len) | (kv_pos < sink_tokens)
+    return (offset <= tl.load(widths + distance)) | free_kv[:, None] | (q_pos >= video_len)[None, :]
+
+
+def triton_backward(inputs: BackwardInputs, plan: SparsePlan, scale: float) -> Gradients:
+    """Launches the kernels.
+
+    Args:
+        inputs: Tensors of the forward pass and incoming gradients; last strides of q, k and v are 1.
+        plan: Who attends to whom, in plan positions; blocks are multiples of 16.
+        scale: Positive factor on the scores.
+
+    Returns:
+        `(grad_q, grad_k, grad_v)`, contiguous, in the dtype of q; undefined where not asked for.
+    """
+    q = inputs.q
+    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    grad_k = torch.empty(inputs.k.shape, dtype=q.dtype, device=q.device)
+    grad_v = torch.empty(inputs.k.shape, dtype=q.dtype, device=q.device)
+    on_gpu = q.device.type == "cuda"
+    with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
+        known = on_gpu and not torch.version.hip
+        launch = _Launch.of(inputs, plan, scale, torch.cuda.get_device_capability(q.device) if known else None)
+        if inputs.need_q:
+            launch.dq(grad_q)
+        if inputs.need_kv:
+            launch.dkv(grad_k, grad_v)
+    return grad_q, grad_k, grad_v
+
+
+@dataclass(frozen=True, eq=False)
+class _Launch:
+    """What both kernels are launched with."""
+
+    inputs: BackwardInputs
+    grad_out: Tensor
+    delta: Tensor
+    plan: SparsePlan
+    scale: float
+    capability: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, inputs: BackwardInputs, plan: SparsePlan, scale: float, capability: tuple[int, int] | None) -> _Launch:
+        # Sums and means send gradients with stride 0; anything with a contiguous head dimension is read in place.
+        grad_out = inputs.grad_out if inputs.grad_out.stride(-1) == 1 else inputs.grad_out.contiguous()
+        out, lse, grad_lse = inputs.out, inputs.lse.contiguous(), inputs.grad_lse.contiguous()
+        batch, heads, q_len, head_dim = out.shape
+        delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+        delta_kernel[(triton.cdiv(q_len, DELTA_TILE), batch * heads)](
+            out,
+            grad_out,
+            grad_lse,
+            lse,
+            delta,
+            *out.stride()[:3],
+            *grad_out.stride()[:3],
+            heads,
+            q_len,
+            **delta_constants(head_dim),
+            num_warps=4,
+        )
+        return cls(inputs, grad_out, delta, plan, scale, capability)
+
+    def dq(self, grad_q: Tensor) -> None:
+        """Fills `grad_q`."""
+        plan, batch, heads = self.plan, *grad_q.shape[:2]
+        indices = plan.indices.contiguous().expand(batch, heads, -1, -1)
+        counts = plan.counts.contiguous().expand(batch, heads, -1)
+        full_counts = plan.full_counts.contiguous().expand(batch, heads, -1)
+        config, constants = self._configuration("dq", plan.kv_len % plan.block_kv != 0)
+        dq_kernel[(plan.num_q_blocks * (plan.block_q // config.tile_m), batch * heads)](
+            *self._tensors(),
+            grad_q,
+            self.inputs.lse.contiguous(),
+            self.delta,
+            indices,
+            counts,
+            full_counts,
+            self._widths(),
+            *self._scales_and_strides(),
+            *indices.stride()[:3],
+            *counts.stride()[:2],
+            *self._numbers(),
+            **constants,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+
+    def dkv(self, grad_k: Tensor, grad_v: Tensor) -> None:
+        """Fills `grad_k` and `grad_v`."""
+        plan, batch, heads = self.plan, *grad_k.shape[:2]
+        full_counts = plan.counts if plan.band is None else plan.full_counts
+        columns = invert_lists(plan.indices, plan.counts, full_counts, plan.num_kv_blocks)
+        rows, bounds = (t.expand(batch, heads, -1) for t in (columns.rows, columns.bounds))
+        config, constants = self._configuration("dkv", plan.q_len % plan.block_q != 0)
+        dkv_kernel[(plan.num_kv_blocks * (plan.block_kv // config.tile_n), batch * heads)](
+            *self._tensors(),
+            grad_k,
+            grad_v,
+            self.inputs.lse.contiguous(),
+            self.delta,
+            rows,
+            bounds,
+            self._widths(),
+            *self._scales_and_strides(),
+            *rows.stride()[:2],
+            *bounds.stride()[:2],
+            *self._numbers(),
+            **constants,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+
+    def _configuration(self, kernel: str, short_tail: bool) -> tuple[BackwardConfig, dict[str, int | bool | str]]:
+        plan, q = self.plan, self.inputs.q
+        config = backward_config(kernel, self.capability, q.element_size(), q.shape[-1], plan.block_q, plan.block_kv)
+        constants = backward_constants(
+            config,
+            head_dim=q.shape[-1],
+            block_q=plan.block_q,
+            block_kv=plan.block_kv,
+            short_tail=short_tail,
+            banded=plan.band is not None,
+            precision=forward_precision(q.dtype == torch.float32),
+        )
+        return config, constants
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.inputs.q, self.inputs.k, self.inputs.v, self.grad_out
+
+    def _widths(self) -> Tensor:
+        return self.plan.counts if self.plan.band is None else self.plan.band.widths
+
+    def _scales_and_strides(self) -> tuple[float | int, ...]:
+        strides = (stride for t in self._tensors() for stride in t.stride()[:3])
+        return self.scale, self.scale * _LOG2_E, *strides
+
+    def _numbers(self) -> tuple[int, ...]:
+        plan, band = self.plan, self.plan.band
+        lengths = (self.inputs.q.shape[1], plan.q_len, plan.kv_len)
+        if band is None:
+            return *lengths, 1, 1, 0, 0
+        return *lengths, band.widths.numel(), band.frame_tokens, band.video_len, band.sink_tokens
