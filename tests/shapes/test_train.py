@@ -77,7 +77,7 @@ def test_learning_rate_rises_holds_and_falls(tmp_path):
 
 def test_finished_weights_go_on_at_a_small_learning_rate_that_falls_from_the_start(tmp_path):
     trainer = fit_line(tmp_path)
-    trainer.config = loop.LoopConfig.going_on(steps=100)
+    trainer.config = loop.going_on(loop.LoopConfig(steps=100))
     rates = []
     for trainer.step in (0, 29, 30, 65, 99):
         rates.append(trainer._schedule())

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,13 +40,13 @@ class LoopConfig:
     log_every: int = 25
     save_every: int = 200
 
-    @classmethod
-    def going_on(cls, steps: int) -> LoopConfig:
-        """For weights that are finished already: a small learning rate that falls to zero from the start.
 
-        At the full rate, outlines had got worse after 1,000 steps; so, better after 700.
-        """
-        return cls(steps=steps, warmup=30, hold=0.0, final_lr=0.0, peak=0.15)
+def going_on(config: LoopConfig) -> LoopConfig:
+    """The schedule for weights that are finished already: a small learning rate that falls to zero from the start.
+
+    At the full rate, outlines had got worse after 1,000 steps; so, better after 700.
+    """
+    return replace(config, warmup=30, hold=0.0, final_lr=0.0, peak=0.15)
 
 
 class Trainer:

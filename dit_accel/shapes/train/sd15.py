@@ -13,7 +13,7 @@ from torch import nn
 from ..recipes.sd15 import TRAIN_TIMESTEPS, build_pipeline
 from .devices import autocast
 from .images import Curriculum, EncodedImages, optimizers
-from .loop import LoopConfig, Trainer
+from .loop import LoopConfig, Trainer, going_on
 
 CURRICULUM = Curriculum(steps=12000, small_part=0.7, full_share=0.8, small_batch=12, full_batch=3)
 
@@ -54,7 +54,8 @@ def train_sd15(
     steps = steps or CURRICULUM.steps_on(device)
     pipe = build_pipeline() if init is None else StableDiffusionPipeline.from_pretrained(init)
     model = Sd15Model(pipe).train().to(device)
-    loop = LoopConfig(steps=steps, warmup=200) if init is None else LoopConfig.going_on(steps)
+    fresh = LoopConfig(steps=steps, warmup=200)
+    loop = fresh if init is None else going_on(fresh)
     trainer = Trainer(model, optimizers(model, 1e-3, 1e-3), loop, folder)
     images = EncodedImages(vae, folder, device)
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..recipes.sd3 import SHIFT, T5_LENGTH, build_pipeline
 from .devices import autocast
 from .images import FULL, SMALL, Curriculum, EncodedImages, ImageSet, optimizers
-from .loop import LoopConfig, Trainer
+from .loop import LoopConfig, Trainer, going_on
 from .wan import shifted_sigmas
 
 CURRICULUM = Curriculum(steps=12000, small_part=0.6, full_share=0.8, small_batch=24, full_batch=6)
@@ -73,7 +73,8 @@ def train_sd3(
     if init is None:
         close_gates(pipe.transformer)
     model = Sd3Model(pipe).train().to(device)
-    loop = LoopConfig(steps=steps, warmup=200) if init is None else LoopConfig.going_on(steps)
+    fresh = LoopConfig(steps=steps, warmup=200)
+    loop = fresh if init is None else going_on(fresh)
     trainer = Trainer(model, optimizers(model, 2e-3, 1.5e-3), loop, folder)
     images = EncodedImages(vae, folder, device)
 

@@ -16,7 +16,7 @@ from ..recipes.wan import TEXT_LENGTH, build_transformer
 from .counted_padding import CountedPadding
 from .devices import autocast, settings_for
 from .latents import FULL, SMALL, ClipSize, EncodedClips, encoded_clips
-from .loop import LoopConfig, Trainer
+from .loop import LoopConfig, Trainer, going_on
 from .muon import Muon
 
 SMALL_PART = 0.6  # of the steps train on small clips alone; after it full clips join
@@ -86,7 +86,8 @@ def train_wan(
     model.train().to(device)
     settings = settings_for(device)
     steps = steps or settings.wan_steps
-    loop = LoopConfig(steps=steps, warmup=200) if init is None else LoopConfig.going_on(steps)
+    fresh = LoopConfig(steps=steps, warmup=200)
+    loop = fresh if init is None else going_on(fresh)
     trainer = Trainer(model, optimizers(model), loop, folder)
     CountedPadding.install(model.transformer)
     clips = _ClipSets(vae_folder, folder, device)
