@@ -34,12 +34,14 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
         raise ValueError(f"ssim needs frames of at least {smallest} x {smallest} pixels, got shape {list(a.shape)}")
     planes_a, planes_b = (video.reshape(-1, 1, *video.shape[-2:]) for video in (a, b))
     pieces = range(0, len(planes_a), 16)  # bounds the memory that long videos need
-    means = [_plane_ssim(planes_a[start : start + 16], planes_b[start : start + 16]) for start in pieces]
+    means = [
+        plane_ssim(planes_a[start : start + 16], planes_b[start : start + 16]).mean((1, 2, 3)) for start in pieces
+    ]
     return torch.cat(means).mean().item()
 
 
-def _plane_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """SSIM of each plane of ``[N, 1, H, W]``, as ``[N]``. In double, because variances are small differences."""
+def plane_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """SSIM of every pixel of planes ``[N, 1, H, W]``. In double, because variances are small differences."""
     x, y = x.double(), y.double()
     mean_x, mean_y = _blur(x), _blur(y)
     variance_x = _blur(x * x) - mean_x**2
@@ -48,7 +50,7 @@ def _plane_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     c1, c2 = K1**2, K2**2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    return (luminance * structure).mean(dim=(1, 2, 3))
+    return luminance * structure
 
 
 def _blur(planes: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ....metrics import psnr
 from ....metrics.checks import check_values
-from ....metrics.structure import K1, K2, SIGMA, WINDOW
+from ....metrics.structure import WINDOW, plane_ssim
 from ..observation import observe
 from ..redraw import redraw
 from . import regions
@@ -50,7 +49,8 @@ def outside_ssim(video: torch.Tensor, reference: torch.Tensor, mask: torch.Tenso
             f" got {list(video.shape)} and {list(reference.shape)}"
         )
     check_values(reference)
-    return float(_ssim_map(torch.where(outside[:, None], video, reference), reference).mean(1)[outside].mean())
+    planes = (x.flatten(0, 1)[:, None] for x in (torch.where(outside[:, None], video, reference), reference))
+    return float(plane_ssim(*planes).view_as(video).mean(1)[outside].mean())
 
 
 def hole_psnr(video: torch.Tensor, backdrop: torch.Tensor, mask: torch.Tensor) -> float:
@@ -82,22 +82,3 @@ def synthesis_psnr(video: torch.Tensor) -> float:
     if seen.background_rgb is not None:
         drawn = redraw(seen, *frames.shape[-2:])
     return psnr(frames, drawn.clamp(0, 1).expand_as(frames))
-
-
-def _ssim_map(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """SSIM of every pixel, ``[frames, 3, height, width]`` double."""
-    x, y = a.double(), b.double()
-    mean_x, mean_y = _blur(x), _blur(y)
-    variances = _blur(x * x) - mean_x**2 + _blur(y * y) - mean_y**2
-    covariance = _blur(x * y) - mean_x * mean_y
-    c1, c2 = K1**2, K2**2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    return luminance * (2 * covariance + c2) / (variances + c2)
-
-
-def _blur(video: torch.Tensor) -> torch.Tensor:
-    offsets = torch.arange(WINDOW, dtype=video.dtype, device=video.device) - WINDOW // 2
-    weights = torch.exp(-offsets.square() / (2 * SIGMA**2))
-    weights = weights / weights.sum()
-    mirrored = F.pad(video.flatten(0, 1)[:, None], (WINDOW // 2,) * 4, mode="reflect")
-    return F.conv2d(F.conv2d(mirrored, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1)).view_as(video)
