@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .flex_mask import flex_problem, plan_from_flex, plan_to_flex, refuse_cut_blocks, refuse_order
+from .flex.mask import flex_problem, plan_from_flex, plan_to_flex, refuse_cut_blocks, refuse_order
 from .sparse_plan import SparsePlan, plan_from_blocks
 
 __all__ = [

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .backward import BackwardInputs, Gradients, reference_backward
-from .gather import gather_attention
-from .gather_backward import gather_backward
+from .gather.backward import gather_backward
+from .gather.forward import gather_attention
 from .reference import reference_attention
 from .sparse_plan import Band, PlanStats, SparsePlan
 from .support import Call, check, choose
@@ -82,11 +82,11 @@ def block_sparse_attention(
     if chosen == "gather":
         return gather_attention(q, k, v, plan, scale)
     if chosen == "flex":
-        from .flex import flex_plan_attention
+        from .flex.attention import flex_plan_attention
 
         return flex_plan_attention(q, k, v, plan, scale)
     # Triton takes a moment to import and is missing on many CPU installs.
-    from .triton_forward import triton_attention
+    from .triton_kernels.forward import triton_attention
 
     return triton_attention(q, k, v, plan, scale)
 
@@ -164,7 +164,7 @@ def block_sparse_attention_backward(
         return reference_backward(inputs, plan, scale)
     if chosen == "gather":
         return gather_backward(inputs, plan, scale)
-    from .triton_backward import triton_backward
+    from .triton_kernels.backward import triton_backward
 
     return triton_backward(inputs, plan, scale)
 

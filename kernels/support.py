@@ -117,7 +117,7 @@ def _no_flex(call: Call) -> str | None:
 @cache
 def _flex_problem() -> str | None:
     # Importing FlexAttention takes a second, and most calls never ask for it.
-    from .flex_mask import flex_problem
+    from .flex.mask import flex_problem
 
     return flex_problem()
 

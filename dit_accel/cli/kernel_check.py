@@ -137,7 +137,7 @@ def _configuration(backend: str, kind: str) -> dict[str, str]:
         return {"threads": str(torch.get_num_threads())}
     if backend != "triton":
         return {}
-    from dit_accel.kernels.triton_forward import launch_config
+    from dit_accel.kernels.triton_kernels.forward_config import launch_config
 
     capability = None
     if kind == "cuda" and not torch.version.hip:

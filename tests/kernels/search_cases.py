@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.search_mass import block_mass
-from dit_accel.kernels.search_plan import dynamic_plan
-from dit_accel.kernels.search_pooled import block_means, pooled_scores, sub_block_scores
+from dit_accel.kernels.search.mass import block_mass
+from dit_accel.kernels.search.plan import dynamic_plan
+from dit_accel.kernels.search.pooled import block_means, pooled_scores, sub_block_scores
 
 
 def tensors(batch: int, heads: int, q_len: int, kv_len: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

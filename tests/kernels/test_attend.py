@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels import gather
 from dit_accel.kernels.attend import attend
+from dit_accel.kernels.gather import forward as gather
 from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
 
 FRAMES, FRAME_TOKENS = 7, 15 * 13

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dit_accel.kernels import gather_backward
+from dit_accel.kernels.gather import backward as gather_backward
 from dit_accel.kernels.ops import block_sparse_attention
 from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
 

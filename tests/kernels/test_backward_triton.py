@@ -12,7 +12,7 @@ from .test_triton import run_python
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels.offline_compile import compile_backward
+from dit_accel.kernels.triton_kernels.offline import compile_backward
 
 AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels.offline_compile import compile_forward
+from dit_accel.kernels.triton_kernels.offline import compile_forward
 
 AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
 

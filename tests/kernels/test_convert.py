@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
-from dit_accel.kernels import convert, flex_mask
+from dit_accel.kernels import convert
 from dit_accel.kernels.convert import (
     plan_from_block_map,
     plan_from_element_mask,
@@ -19,6 +19,7 @@ from dit_accel.kernels.convert import (
     plan_to_block_map,
     plan_to_flex,
 )
+from dit_accel.kernels.flex import mask as flex_mask
 from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
 
 FRAMES, FRAME_TOKENS, TEXT = 5, 7 * 9, 11

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dit_accel.kernels import flex, support
+from dit_accel.kernels import support
 from dit_accel.kernels.attend import attend, choose_backend, explain
+from dit_accel.kernels.flex import attention as flex
 from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
 from dit_accel.kernels.support import Call, check
 

@@ -12,11 +12,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.kernels.attend import attend
-from dit_accel.kernels.search_always import always_blocks
-from dit_accel.kernels.search_mass import block_mass
-from dit_accel.kernels.search_plan import count_density, default_stride, dynamic_plan
-from dit_accel.kernels.search_pooled import pooled_scores, sub_block_scores
-from dit_accel.kernels.search_select import select_threshold, select_topk, select_topp
+from dit_accel.kernels.search.always import always_blocks
+from dit_accel.kernels.search.mass import block_mass
+from dit_accel.kernels.search.plan import count_density, default_stride, dynamic_plan
+from dit_accel.kernels.search.pooled import pooled_scores, sub_block_scores
+from dit_accel.kernels.search.select import select_threshold, select_topk, select_topp
 from dit_accel.kernels.sparse_plan import Band, plan_from_blocks
 
 SIZES: dict[str, Any] = {"block_q": 32, "block_kv": 16}

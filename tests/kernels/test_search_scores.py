@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.attend import attend
-from dit_accel.kernels.search_mass import block_mass
-from dit_accel.kernels.search_pooled import block_means, pooled_scores, sub_block_scores
+from dit_accel.kernels.search.mass import block_mass
+from dit_accel.kernels.search.pooled import block_means, pooled_scores, sub_block_scores
 from dit_accel.kernels.sparse_plan import plan_from_blocks
 
 SHAPES = [(256, 256, 64, 64), (203, 150, 64, 32), (100, 333, 48, 37), (1, 70, 64, 64), (70, 1, 16, 16)]
@@ -47,7 +47,7 @@ def test_block_mass(
     poisoned: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dit_accel.kernels.search_mass._STRIP", strip)
+    monkeypatch.setattr("dit_accel.kernels.search.mass._STRIP", strip)
     q, k = tensors(q_len, kv_len)
     scores = all_scores(q, k, 16**-0.5 if scale is None else scale)
     wanted = over_blocks(scores.softmax(-1), block_q, block_kv, lambda x: x.sum((-1, -2)))
@@ -108,7 +108,7 @@ def test_means_are_over_real_tokens(block: int) -> None:
 def test_sub_block_score(
     q_len: int, kv_len: int, stride: int, strip: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dit_accel.kernels.search_pooled._STRIP", {"cpu": strip})
+    monkeypatch.setattr("dit_accel.kernels.search.pooled._STRIP", {"cpu": strip})
     q, k = tensors(q_len, kv_len)
     fine = over_blocks(
         all_scores(q, k, 0.9), stride, stride, lambda x: x.mean((-1, -2)) + torch.tensor(x[0, 0].numel()).log()

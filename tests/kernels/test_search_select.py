@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.search_select import row_lists, select_threshold, select_topk, select_topp
+from dit_accel.kernels.search.select import row_lists, select_threshold, select_topk, select_topp
 
 LEAD = (2, 3, 7)
 

@@ -14,7 +14,7 @@ import dit_accel
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels.search_compile import SEARCH_KERNELS, compile_search
+from dit_accel.kernels.search.offline import SEARCH_KERNELS, compile_search
 
 ROOT = Path(dit_accel.__file__).parents[1]
 AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)

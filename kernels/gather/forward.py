@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sparse_plan import SparsePlan
+from ..sparse_plan import SparsePlan
 
 # Gathered keys and values of one dense call, in bytes.  A chunk that stays in the CPU caches is fastest; a GPU wants
 # larger calls.

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backward import BackwardInputs, Gradients, score_gradient, softmax_delta, softmax_lse
-from .gather import _row_mask
-from .sparse_plan import SparsePlan
+from ..backward import BackwardInputs, Gradients, score_gradient, softmax_delta, softmax_lse
+from ..sparse_plan import SparsePlan
+from .forward import _row_mask
 
 # Scores, weights, their gradients and a temporary of one stack, in bytes: small enough for the CPU caches to help.
 _STACK_BYTES = {"cpu": 32 << 20, "other": 512 << 20}

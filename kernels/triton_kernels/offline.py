@@ -17,9 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .triton_backward import delta_kernel, dkv_kernel, dq_kernel
-from .triton_backward_config import backward_config, backward_constants, delta_constants
-from .triton_forward import forward_kernel, forward_precision, kernel_constants, launch_config
+from .backward import delta_kernel, dkv_kernel, dq_kernel
+from .backward_config import backward_config, backward_constants, delta_constants
+from .forward import forward_kernel
+from .forward_config import forward_precision, kernel_constants, launch_config
 
 _ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 _FLOAT_POINTERS = ("Lse", "Delta", "GradLse")

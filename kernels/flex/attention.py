@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flex_mask import plan_to_flex
-from .sparse_plan import SparsePlan
+from ..sparse_plan import SparsePlan
+from .mask import plan_to_flex
 
 # Where torch.compile is used.
 _COMPILED = ("cuda",)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .search_inputs import check_block, check_search, search_backend, softmax_scale, tokens_per_block
+from .inputs import check_block, check_search, search_backend, softmax_scale, tokens_per_block
 
 # Sub-block scores held in memory at a time, in elements, unless a single row of blocks has more.
 _STRIP = {"cpu": 1 << 20, "other": 1 << 25}
@@ -34,7 +34,7 @@ def block_means(x: Tensor, block: int, *, backend: str = "auto") -> Tensor:
     x = x.detach()
     if search_backend(backend, x).backend == "triton":
         # Triton takes a moment to import and is missing on many CPU installs.
-        from .triton_search import triton_block_means
+        from .kernels import triton_block_means
 
         return triton_block_means(x, block)
     whole = x.shape[1] // block

@@ -19,11 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backward import BackwardInputs, Gradients
-from .invert import invert_lists
-from .sparse_plan import SparsePlan
-from .triton_backward_config import DELTA_TILE, BackwardConfig, backward_config, backward_constants, delta_constants
-from .triton_forward import _band_keeps, _load_rows, forward_precision
+from ..backward import BackwardInputs, Gradients
+from ..invert import invert_lists
+from ..sparse_plan import SparsePlan
+from .backward_config import DELTA_TILE, BackwardConfig, backward_config, backward_constants, delta_constants
+from .forward import _band_keeps, _load_rows
+from .forward_config import forward_precision
 
 _LOG2_E = 1.4426950408889634
 

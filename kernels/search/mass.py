@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .search_inputs import check_search, search_backend, softmax_scale
+from .inputs import check_search, search_backend, softmax_scale
 
 # Scores held in memory at a time, in elements, unless a single row of blocks has more.
 _STRIP = 1 << 22
@@ -86,7 +86,7 @@ def block_mass(
     q, k = q.detach(), k.detach()
     if search_backend(backend, q, k, block_q=block_q, block_kv=block_kv).backend == "triton":
         # Triton takes a moment to import and is missing on many CPU installs.
-        from .triton_search import triton_block_mass, triton_row_lse
+        from .kernels import triton_block_mass, triton_row_lse
 
         lse = triton_row_lse(q, k, block_q, block_kv, scale) if lse is None else lse.detach()
         mass = triton_block_mass(q, k, lse, block_q, block_kv, scale)

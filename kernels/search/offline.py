@@ -1,4 +1,4 @@
-"""Compiles the search kernels for a GPU that is not there, as `offline_compile` does for attention."""
+"""Compiles the search kernels for a GPU that is not there, as `triton_kernels.offline` does for attention."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_search
-from .offline_compile import KernelReport, _report
+from ..triton_kernels.offline import KernelReport, _report
+from . import kernels
 
 SEARCH_KERNELS = ("row_lse", "block_mass", "block_means")
 
@@ -45,15 +45,15 @@ def compile_search(
     """
     if kernel not in SEARCH_KERNELS:
         raise ValueError(f"Unknown search kernel {kernel!r}. Choose one of {', '.join(SEARCH_KERNELS)}.")
-    function = getattr(triton_search, f"{kernel}_kernel")
+    function = getattr(kernels, f"{kernel}_kernel")
     if not isinstance(function, triton.JITFunction):
         raise RuntimeError("Kernels are interpreted, so there is nothing to compile. Unset TRITON_INTERPRET.")
     constants: dict[str, Any]
     if kernel == "block_means":
-        constants, options = dict(triton_search.means_constants(head_dim)), {}
+        constants, options = dict(kernels.means_constants(head_dim)), {}
     else:
-        config = triton_search.search_config(_ITEMSIZE[dtype], head_dim, block_q, block_kv)
-        constants = dict(triton_search.score_constants(config, head_dim, dtype == "fp32"))
+        config = kernels.search_config(_ITEMSIZE[dtype], head_dim, block_q, block_kv)
+        constants = dict(kernels.score_constants(config, head_dim, dtype == "fp32"))
         options = {"num_warps": config.warps, "num_stages": config.stages}
     if kernel == "block_mass":
         constants["BLOCK_KV"] = block_kv

@@ -8,12 +8,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from .search_always import Ranges, always_blocks
-from .search_inputs import check_search, search_backend, tokens_per_block
-from .search_mass import block_mass
-from .search_pooled import pooled_scores, sub_block_scores
-from .search_select import row_lists, select_threshold, select_topk, select_topp
-from .sparse_plan import PlanStats, SparsePlan, plan_from_blocks
+from ..sparse_plan import PlanStats, SparsePlan, plan_from_blocks
+from .always import Ranges, always_blocks
+from .inputs import check_search, search_backend, tokens_per_block
+from .mass import block_mass
+from .pooled import pooled_scores, sub_block_scores
+from .select import row_lists, select_threshold, select_topk, select_topp
 
 Score = Literal["mass", "pooled", "lse"]
 Keep = Literal["topk", "topp", "threshold"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .sparse_plan import SparsePlan, plan_from_blocks
+from ..sparse_plan import SparsePlan, plan_from_blocks
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

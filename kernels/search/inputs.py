@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .support import DTYPES, Call, Support, check
+from ..support import DTYPES, Call, Support, check
 
 SEARCH_BACKENDS = ("torch", "triton")
 
