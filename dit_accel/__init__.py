@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .acceleration import Acceleration, accelerate, acceleration_of
     from .controls import AttentionControl, AttentionMassRecorder
     from .families import Family, UnknownModelError, register_family
-    from .install import BlockHook, BlockRecorder
+    from .install import BlockHook, BlockRecorder, TokenPermutation
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ _HOMES = {
     "BlockHook": ".install",
     "BlockRecorder": ".install",
     "Family": ".families",
+    "TokenPermutation": ".install",
     "UnknownModelError": ".families",
     "register_family": ".families",
 }
@@ -44,6 +45,7 @@ __all__ = [
     "BlockHook",
     "BlockRecorder",
     "Family",
+    "TokenPermutation",
     "UnknownModelError",
     "accelerate",
     "acceleration_of",

@@ -13,14 +13,15 @@ from torch import nn
 from .clock import StepClock, StepState
 from .controls import AttentionControl
 from .families import UnknownModelError, family_of, is_known
-from .install import BlockHook, RootInstallation
+from .install import BlockHook, RootInstallation, TokenPermutation
 from .kernels.support import Call, check, choose
 from .layout import TokenLayout
-from .processors.base import SparseAttnProcessor
+from .processors.base import DynamicAttnProcessor, SparseAttnProcessor, StaticAttnProcessor
 from .report import Report, SiteReport
 
 if TYPE_CHECKING:
     from .install import Site
+    from .install.permutation import OrderFor
     from .kernels.sparse_plan import SparsePlan
 
 _HANDLE = "_dit_accel_acceleration"
@@ -50,8 +51,9 @@ class Acceleration:
             )
         self.processor = processor
         self.clock = StepClock(None if isinstance(target, nn.Module) else target)
-        self._plans: dict[tuple[TokenLayout, torch.device], SparsePlan] = {}
+        self._plans: dict[tuple[StaticAttnProcessor, TokenLayout, torch.device], SparsePlan] = {}
         self._tally: dict[Site, SiteReport] = {}
+        self._unread: dict[Site, torch.Tensor] = {}  # what tallies have yet to add to `kept`, still on the device
         self._fallbacks: dict[str, str] = {}
         self._steps: tuple[int, set[int]] = (-1, set())
         self._backend: tuple[str, str] | None = None
@@ -64,16 +66,21 @@ class Acceleration:
             raise
 
     def report(self) -> Report:
-        """What has happened since installation, or since the report was last reset by :meth:`reset_report`."""
+        """What has happened since installation, or since the report was last reset by :meth:`reset_report`.
+
+        Waits for the device if the method is a dynamic one, whose densities are on it.
+        """
         for installed in self._installed:
             for path in installed.replaced():
                 self._fallbacks[f"{installed.expert}:{path}"] = "another attention processor was put here since"
-        plans = list(self._plans.values())
+        for site, kept in self._unread.items():
+            self._tally[site].kept += float(kept)
+        self._unread.clear()
         return Report(
             method=repr(self.processor) if self.processor else None,
             backend=self._backend[0] if self._backend else None,
             backend_reason=self._backend[1] if self._backend else "",
-            plan_density=sum(plan.stats.density for plan in plans) / len(plans) if plans else None,
+            plan_density=self._plan_density(),
             steps=len(self._steps[1]),
             sites=[replace(tally) for tally in self._tally.values()],
             fallbacks=dict(self._fallbacks),
@@ -83,6 +90,7 @@ class Acceleration:
         """Starts counting anew."""
         for tally in self._tally.values():
             tally.sparse_calls, tally.dense_calls, tally.kept = 0, 0, 0.0
+        self._unread.clear()
         self._fallbacks.clear()
 
     def remove(self) -> None:
@@ -119,51 +127,87 @@ class Acceleration:
             self._steps = (state.generation, set())
         self._steps[1].add(state.step)
         device = next(installed.root.parameters()).device
+        renew = self._has_drifted(installed, state)
         for site in installed.sites.values():
-            sparse = self.processor is not None and self.processor.is_sparse(site.info, state)
-            site.prepare(state, self._plan(site.layout or state.layout, device) if sparse else None)
+            processor = self.processor
+            if processor is None or not processor.is_sparse(site.info, state):
+                site.prepare(state)
+            elif isinstance(processor, DynamicAttnProcessor):
+                site.prepare(state, search=processor, device=device, renew=renew)
+            else:
+                site.prepare(state, self._plan(site, site.layout or state.layout, device))
+
+    def _has_drifted(self, installed: RootInstallation, state: StepState) -> bool:
+        """Whether what the sites measured last asks for a search of all together: apart they would be many graphs."""
+        if not isinstance(self.processor, DynamicAttnProcessor) or not self.processor.measures:
+            return False
+        measures = [part for site in installed.sites.values() if (part := site.measure_of(state)) is not None]
+        return bool(measures) and self.processor.has_drifted(
+            torch.stack([part.to(measures[0].device) for part in measures])
+        )
 
     @staticmethod
     def _choose_backend(module: Any, processor: SparseAttnProcessor) -> tuple[str, str]:
         """Name and reason of the backend a module will use; refuses one asked for by name that cannot run here."""
         weight = next(module.parameters())
         head_dim = module.inner_dim // module.heads
-        call = Call(weight.device.type, weight.dtype, head_dim, processor.block, processor.block)
+        device, block = weight.device, processor.block
+        call = Call(device.type, weight.dtype, head_dim, block, block, device_index=device.index)
         if processor.backend == "auto":
             chosen = choose(call)
         else:
             chosen = check(processor.backend, call)
         if not chosen.ok:
             raise ValueError(f"the {chosen.backend} backend cannot run here: {chosen.reason}")
+        if chosen.variant == "tma" and processor.backend == "auto":
+            return chosen.backend, f"{chosen.reason}; the pointer variant for plans with a pair test or a residual"
         return chosen.backend, chosen.reason
 
     def _after(self, installed: RootInstallation) -> None:
+        state = self.clock.state
         for site in installed.sites.values():
             tally = self._tally.get(site)
-            if tally is not None:
-                self._count(site, tally)
+            if tally is not None and state is not None:
+                self._count(site, tally, state)
             site.rest()
 
-    def _count(self, site: Site, tally: SiteReport) -> None:
-        if site.plan is None or site.refusal is not None:
+    def _count(self, site: Site, tally: SiteReport, state: StepState) -> None:
+        density = site.settle(state)
+        if density is None and site.is_unused:
+            return  # it was not called, since a hook stood in for its block
+        if density is None:
             tally.dense_calls += 1
             tally.kept += 1.0
         else:
             tally.sparse_calls += 1
-            tally.kept += site.plan.stats.density
+            if isinstance(density, torch.Tensor):
+                before = self._unread.get(site)
+                self._unread[site] = density if before is None else before.to(density.device) + density
+            else:
+                tally.kept += density
         if site.refusal is not None:
             if tally.path not in self._fallbacks:
                 warnings.warn(f"dit_accel: {tally.path} runs dense: {site.refusal}", stacklevel=2)
             self._fallbacks[tally.path] = site.refusal
             site.refusal = None
 
-    def _plan(self, layout: TokenLayout, device: torch.device) -> SparsePlan:
-        assert self.processor is not None
-        key = (layout, device)
+    def _plan_density(self) -> float | None:
+        """Mean over the plans of a static method, over the sparse calls of a dynamic one."""
+        plans = [plan.density for plan in self._plans.values()]
+        if isinstance(self.processor, DynamicAttnProcessor):
+            sparse = sum(tally.sparse_calls for tally in self._tally.values())
+            dense = sum(tally.dense_calls for tally in self._tally.values())
+            return (sum(tally.kept for tally in self._tally.values()) - dense) / sparse if sparse else None
+        return sum(plans) / len(plans) if plans else None
+
+    def _plan(self, site: Site, layout: TokenLayout, device: torch.device) -> SparsePlan:
+        assert isinstance(self.processor, StaticAttnProcessor)  # the other kind is asked at each site
+        recipe = self.processor.for_site(site.info)
+        key = (recipe, layout, device)
         if key not in self._plans:
             while len(self._plans) >= _PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = self.processor.build_plan(layout, device)
+            self._plans[key] = recipe.build_plan(layout, device)
         return self._plans[key]
 
 
@@ -173,6 +217,7 @@ def accelerate(
     *,
     controls: Sequence[AttentionControl] = (),
     block_hooks: Sequence[BlockHook] = (),
+    token_order: OrderFor | None = None,
     **settings: Any,
 ) -> Acceleration:
     """Accelerates a pipeline or a bare transformer in place.
@@ -183,6 +228,8 @@ def accelerate(
             as it is (with controls or hooks alone).
         controls: attention controls, in the order in which they act.
         block_hooks: hooks around every transformer block, outermost first.
+        token_order: gives the order in which the blocks have their video tokens, see
+            :class:`dit_accel.install.TokenPermutation`; None for frame by frame, row by row.
         **settings: settings of the method, when given by name.
 
     Returns:
@@ -200,13 +247,18 @@ def accelerate(
     elif settings:
         raise ValueError(f"settings {sorted(settings)} belong to a method given by name; give them to the processor")
     if attention is not None and not is_ours(attention):
-        raise ValueError(f"attention is a method's name or a dit_accel processor; got {type(attention).__name__}")
+        raise ValueError(
+            "attention is a method's name or a dit_accel processor, that is a StaticAttnProcessor or "
+            f"DynamicAttnProcessor; got {type(attention).__name__}"
+        )
+    if token_order is not None:
+        block_hooks = (TokenPermutation(token_order), *block_hooks)
     return Acceleration(target, attention, controls, block_hooks)
 
 
 def is_ours(processor: object) -> bool:
     """Whether an object is one of our recipes."""
-    return isinstance(processor, SparseAttnProcessor)
+    return isinstance(processor, (StaticAttnProcessor, DynamicAttnProcessor))
 
 
 def acceleration_of(target: Any) -> Acceleration | None:

@@ -42,8 +42,8 @@ class AttentionCall:
     Attributes:
         site: which attention module.
         state: which step and branch.
-        layout: where the query tokens of this site are. In a UNet each level has its own grid; ``state.layout`` is
-            that of the root.
+        layout: where the query tokens of this site are, and in which order (``layout.order``; that of the keys too
+            in self-attention). In a UNet each level has its own grid; ``state.layout`` is that of the root.
     """
 
     site: SiteInfo
@@ -108,8 +108,9 @@ class AttentionMassRecorder(AttentionControl):
     """Records how much attention each block of queries pays to each block of keys.
 
     :attr:`masses` maps ``(expert, path, step, branch)`` to a float32 CPU tensor ``[heads, query blocks, key blocks]``,
-    averaged over the batch; each row sums to 1. It is the dense softmax of the query and key of the call, whatever
-    computed the output, and costs about as much as dense attention.
+    averaged over the batch; each row sums to 1. Blocks are runs of positions, whatever the order of tokens. It is the
+    dense softmax of the query and key of the call, whatever computed the output, and costs about as much as dense
+    attention.
 
     Args:
         block: tokens per block.

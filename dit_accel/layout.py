@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 Range = tuple[int, int]
 
@@ -19,6 +23,8 @@ class TokenLayout:
         text: range of text tokens that take part in self-attention, or None (Wan keeps text in cross-attention).
         references: ranges of reference-image tokens.
         padding: number of padding tokens at the end of the sequence.
+        order: int64 ``[length]`` where a token permutation is at work (``install/permutation.py``): position p of the
+            sequence then holds token ``order[p]`` of the ranges and the grid above. None: token p.
     """
 
     grid: tuple[int, int, int]
@@ -26,6 +32,7 @@ class TokenLayout:
     text: Range | None = None
     references: tuple[Range, ...] = ()
     padding: int = 0
+    order: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         frames, height, width = self.grid

@@ -33,7 +33,8 @@ class Report:
         method: the recipe, as text, or None if only controls or hooks are installed.
         backend: kernel backend of the sparse calls, None without a method.
         backend_reason: why this backend.
-        plan_density: kept share of (query, key) pairs in the plans in use, in (0, 1]; None before the first.
+        plan_density: kept share of (query, key) pairs in the plans in use, in (0, 1], or of a dynamic method over its
+            sparse calls; None before the first.
         steps: sampling steps seen in the latest generation.
         sites: one entry per attention module the method applies to.
         fallbacks: site path to reason, for calls that should have been sparse and ran dense.

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from .ops import block_sparse_attention
+from .pair_tests import encode
+from .residual import Residual, check_residual
 from .sparse_plan import SparsePlan
-from .support import BACKENDS, DTYPES, Call, Support, check, choose
+from .support import BACKENDS, DTYPES, NAMES, Call, Support, check, choose
 
 __all__ = ["BACKENDS", "Support", "attend", "choose_backend", "explain"]
 
@@ -21,6 +23,7 @@ def attend(
     v: Tensor,
     plan: SparsePlan,
     *,
+    residual: Residual | None = ...,
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
     backend: str = ...,
@@ -34,6 +37,7 @@ def attend(
     v: Tensor,
     plan: SparsePlan,
     *,
+    residual: Residual | None = ...,
     scale: float | None = ...,
     return_lse: Literal[True],
     backend: str = ...,
@@ -46,6 +50,7 @@ def attend(
     v: Tensor,
     plan: SparsePlan,
     *,
+    residual: Residual | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -60,9 +65,13 @@ def attend(
         k: `[B, H, kv_len, D]`, dtype and device of q.
         v: `[B, H, kv_len, D]`, likewise.
         plan: Who attends to whom, on the same device.
+        residual: Means that stand in for the blocks that a row does not list, from `block_residual(k, v,
+            plan.block_kv, order=plan.order)`; gradients flow through it, too.  None: those blocks count nothing.
         scale: Positive factor on the scores; `D ** -0.5` by default.
         return_lse: Also return the log-sum-exp of the scaled scores.
-        backend: "auto" (Triton on a GPU, gather elsewhere) or one of `BACKENDS`; "flex" runs only if named.
+        backend: "auto" (Triton on a GPU, gather elsewhere) or one of `BACKENDS`; "flex" and "xformers" only if named.
+            "triton:pointer", "triton:tma" or "triton:gluon" asks for a variant of the Triton kernel.  What is named
+            runs or raises.
 
     Returns:
         `out`, shape and dtype of q; with `return_lse` `(out, lse)`, lse float32 `[B, H, q_len]` in natural log.  A
@@ -74,13 +83,15 @@ def attend(
     """
     _check_tensors(q, k, v)
     _check_plan(q, k, plan)
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"Unknown attention backend {backend!r}. Choose 'auto' or one of {', '.join(BACKENDS)}.")
+    if backend != "auto" and backend not in NAMES:
+        raise ValueError(f"Unknown attention backend {backend!r}. Choose 'auto' or one of {', '.join(NAMES)}.")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}. Leave it out for head_dim ** -0.5.")
+    if residual is not None:
+        check_residual(residual, k, plan)
     if plan.order is not None:
         q, k, v = (t.index_select(2, plan.order) for t in (q, k, v))
-    band = plan.band
+    test = encode(plan.pair_test)
     out, lse = block_sparse_attention(
         q,
         k,
@@ -88,14 +99,15 @@ def attend(
         plan.indices,
         plan.counts,
         plan.full_counts,
-        None if band is None else band.widths,
+        test.table,
+        test.lookup,
+        test.kind,
+        test.numbers,
         plan.block_q,
         plan.block_kv,
-        0 if band is None else band.frame_tokens,
-        0 if band is None else band.video_len,
-        0 if band is None else band.sink_tokens,
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         backend,
+        *(() if residual is None else (residual.k_mean, residual.v_sum, residual.sizes)),
     )
     if plan.order is not None:
         out = torch.empty_like(out).index_copy_(2, plan.order, out)
@@ -103,7 +115,7 @@ def attend(
     return (out, lse) if return_lse else out
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan) -> list[Support]:
+def explain(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, *, residual: Residual | None = None) -> list[Support]:
     """Says for every backend whether it can run this call, and why (not).
 
     Raises:
@@ -111,13 +123,17 @@ def explain(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan) -> list[Support]:
     """
     _check_tensors(q, k, v)
     _check_plan(q, k, plan)
-    call = Call.of(q, k, v, plan.block_q, plan.block_kv)
+    if residual is not None:
+        check_residual(residual, k, plan)
+    all_full = plan.pair_test is None and residual is None
+    call = Call.of(q, k, v, plan.block_q, plan.block_kv, all_full=all_full)
     return [check(backend, call) for backend in BACKENDS]
 
 
 def choose_backend(device_type: str, dtype: torch.dtype, head_dim: int, plan: SparsePlan) -> Support:
     """Says what "auto" runs for such tensors with a contiguous head dimension; the reason says why not Triton."""
-    return choose(Call(device_type, dtype, head_dim, plan.block_q, plan.block_kv))
+    call = Call(device_type, dtype, head_dim, plan.block_q, plan.block_kv, all_full=plan.pair_test is None)
+    return choose(call)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

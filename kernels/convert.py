@@ -6,9 +6,9 @@ read a few numbers back from the device, so convert outside the hot loop.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from .bitmap import Bitmap, blocks_of_mask, check_element_mask
 from .flex.mask import flex_problem, plan_from_flex, plan_to_flex, refuse_cut_blocks, refuse_order
 from .sparse_plan import SparsePlan, plan_from_blocks
 
@@ -34,7 +34,7 @@ def plan_to_block_map(plan: SparsePlan) -> Tensor:
         ValueError: The plan cuts blocks or reorders tokens, which a block map cannot say.
     """
     refuse_order(plan, "a block map")
-    if plan.band is not None and bool((plan.full_counts < plan.counts).any()):
+    if plan.pair_test is not None and bool((plan.full_counts < plan.counts).any()):
         raise ValueError(
             "The plan has partial blocks, and a block map knows whole blocks only. Use plan.element_mask() for single "
             "pairs, or plan.to_bool() for every block that is touched."
@@ -63,8 +63,8 @@ def plan_from_block_map(block_map: Tensor, *, q_len: int, kv_len: int, block_q: 
     )
 
 
-def plan_from_element_mask(mask: Tensor, *, block_q: int, block_kv: int) -> SparsePlan:
-    """Builds a plan from single (query, key) pairs, if every block is kept or dropped as a whole.
+def plan_from_element_mask(mask: Tensor, *, block_q: int, block_kv: int, bitmap: bool = False) -> SparsePlan:
+    """Builds a plan from single (query, key) pairs.
 
     The way back is `SparsePlan.element_mask`.
 
@@ -72,31 +72,21 @@ def plan_from_element_mask(mask: Tensor, *, block_q: int, block_kv: int) -> Spar
         mask: bool `[B|1, H|1, q_len, kv_len]` or `[q_len, kv_len]`.
         block_q: Queries per block.
         block_kv: Keys per block.
+        bitmap: Write blocks that are kept in part as a `Bitmap`; slow, but any mask can be said.
 
     Returns:
         The plan, on the device of `mask`.
 
     Raises:
-        ValueError: Shape or dtype do not fit, or a block is kept in part; the message names one.
+        ValueError: Shape or dtype do not fit, or, without `bitmap`, a block is kept in part; the message names one.
     """
-    if mask.dtype != torch.bool or mask.ndim not in (2, 4) or 0 in mask.shape or min(block_q, block_kv) < 1:
-        raise ValueError(
-            "An element mask is a non-empty bool tensor [batch or 1, heads or 1, q_len, kv_len] or [q_len, kv_len], "
-            f"cut into blocks of at least 1; got {mask.dtype} of shape {tuple(mask.shape)} and blocks of {block_q} x "
-            f"{block_kv}."
-        )
+    check_element_mask(mask, block_q, block_kv)
     mask = mask if mask.ndim == 4 else mask[None, None]
-    keep = _any_in_blocks(mask, block_q, block_kv)
-    cut = keep & _any_in_blocks(~mask, block_q, block_kv)
-    refuse_cut_blocks(cut, "Smaller blocks may fit; for the band of a video mask use plan_from_blocks(band=)")
+    keep, cut = blocks_of_mask(mask, block_q, block_kv)
+    test = Bitmap.from_mask(mask, block_q=block_q, block_kv=block_kv) if bitmap else None
+    if test is None:
+        refuse_cut_blocks(cut, "Smaller blocks may fit; bitmap=True keeps single pairs, at some cost in speed")
     q_len, kv_len = mask.shape[-2:]
     return plan_from_blocks(
-        keep, q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv, method="element mask"
+        keep, pair_test=test, q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv, method="element mask"
     )
-
-
-def _any_in_blocks(mask: Tensor, block_q: int, block_kv: int) -> Tensor:
-    """`[..., q_len, kv_len]` to `[..., NQ, NK]`: whether a block holds a True."""
-    q_len, kv_len = mask.shape[-2:]
-    padded = torch.nn.functional.pad(mask, (0, -kv_len % block_kv, 0, -q_len % block_q))
-    return padded.unflatten(-1, (-1, block_kv)).any(-1).unflatten(-2, (-1, block_q)).any(-2)

@@ -6,6 +6,7 @@ the same shapes share one compiled graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,22 +15,32 @@ from torch import Tensor
 from .backward import BackwardInputs, Gradients, reference_backward
 from .gather.backward import gather_backward
 from .gather.forward import gather_attention
+from .pair_tests import decode
 from .reference import reference_attention
-from .sparse_plan import Band, PlanStats, SparsePlan
-from .support import Call, check, choose
+from .residual import Residual
+from .residual_attention import add_residual, centroid_backward, rounded
+from .sparse_plan import PlanStats, SparsePlan
+from .support import Call, Support, check, choose
+from .triton_kernels.variants import attend_with
+from .xformers.attention import xformers_attention
 
 _UNCOUNTED = PlanStats(density=float("nan"), density_per_head=(), method="operator")
 
 
 # Spelled out, since older torch releases do not read postponed annotations such as `Tensor | None`.
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, Tensor full_counts, Tensor? widths, int block_q, "
-    "int block_kv, int frame_tokens, int video_len, int sink_tokens, float scale, str backend"
+    "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, Tensor full_counts, Tensor? test_table, "
+    "Tensor? test_lookup, SymInt test_kind, SymInt[] test_numbers, SymInt block_q, SymInt block_kv, float scale, "
+    "str backend, Tensor? k_mean=None, Tensor? v_sum=None, Tensor? sizes=None"
 )
+# How many of them are tensors at the beginning, and at the end.
+_TENSORS, _MEANS = 8, 3
 _SCHEMA = f"({_ARGUMENTS}) -> (Tensor, Tensor)"
+# Without defaults: arguments that equal theirs would be left out of the call.
+_GIVEN = _ARGUMENTS.replace("=None", "")
 _BACKWARD_SCHEMA = (
-    f"(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, bool need_q, bool need_kv, {_ARGUMENTS}) "
-    "-> (Tensor, Tensor, Tensor)"
+    f"(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, bool need_q, bool need_kv, {_GIVEN}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -41,14 +52,17 @@ def block_sparse_attention(
     indices: Tensor,
     counts: Tensor,
     full_counts: Tensor,
-    widths: Tensor | None,
+    test_table: Tensor | None,
+    test_lookup: Tensor | None,
+    test_kind: int,
+    test_numbers: Sequence[int],
     block_q: int,
     block_kv: int,
-    frame_tokens: int,
-    video_len: int,
-    sink_tokens: int,
     scale: float,
     backend: str,
+    k_mean: Tensor | None = None,
+    v_sum: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends under block lists; use `dit_accel.kernels.attend.attend`, which checks its arguments.
 
@@ -59,14 +73,17 @@ def block_sparse_attention(
         indices: See `SparsePlan.indices`.
         counts: See `SparsePlan.counts`.
         full_counts: See `SparsePlan.full_counts`.
-        widths: `Band.widths`, or None for a plan without a band; the three numbers of the band are then unused.
+        test_table: `EncodedTest.table` of the plan's pair test.
+        test_lookup: `EncodedTest.lookup`.
+        test_kind: `EncodedTest.kind`.
+        test_numbers: `EncodedTest.numbers`.
         block_q: Queries per block.
         block_kv: Keys per block.
-        frame_tokens: `Band.frame_tokens`.
-        video_len: `Band.video_len`.
-        sink_tokens: `Band.sink_tokens`.
         scale: Factor on the scores.
         backend: "auto" or a backend name.
+        k_mean: `Residual.k_mean`, or None for attention to listed blocks only.
+        v_sum: `Residual.v_sum`.
+        sizes: `Residual.sizes`.
 
     Returns:
         `(out, lse)`: out like q (contiguous), lse float32 `[B, H, q_len]`, natural log.
@@ -74,21 +91,30 @@ def block_sparse_attention(
     Raises:
         ValueError: The named backend cannot run this call.
     """
-    numbers = (block_q, block_kv, frame_tokens, video_len, sink_tokens)
-    plan = _plan(q, k, indices, counts, full_counts, widths, *numbers)
-    chosen = _settled(backend, Call.of(q, k, v, block_q, block_kv))
+    test = (test_table, test_lookup, test_kind, test_numbers)
+    plan = _plan(q, k, indices, counts, full_counts, *test, block_q, block_kv)
+    residual = _residual(k_mean, v_sum, sizes)
+    settled = _settled(backend, _call(q, k, v, plan, residual))
+    chosen = settled.family
     if chosen == "reference":
-        return reference_attention(q, k, v, plan, scale)
+        return reference_attention(q, k, v, plan, scale, residual)
+    if chosen == "triton":
+        return attend_with(settled.variant, q, k, v, plan, scale, residual)
     if chosen == "gather":
-        return gather_attention(q, k, v, plan, scale)
-    if chosen == "flex":
+        listed = gather_attention(q, k, v, plan, scale)
+    elif chosen == "xformers":
+        listed = xformers_attention(q, k, v, plan, scale)
+    else:
         from .flex.attention import flex_plan_attention
 
-        return flex_plan_attention(q, k, v, plan, scale)
-    # Triton takes a moment to import and is missing on many CPU installs.
-    from .triton_kernels.forward import triton_attention
+        listed = flex_plan_attention(q, k, v, plan, scale)
+    return listed if residual is None else add_residual(listed, q, residual, plan, scale)
 
-    return triton_attention(q, k, v, plan, scale)
+
+def _residual(k_mean: Tensor | None, v_sum: Tensor | None, sizes: Tensor | None) -> Residual | None:
+    if k_mean is None or v_sum is None or sizes is None:
+        return None
+    return Residual(k_mean, v_sum, sizes)
 
 
 def _plan(
@@ -97,22 +123,27 @@ def _plan(
     indices: Tensor,
     counts: Tensor,
     full_counts: Tensor,
-    widths: Tensor | None,
+    test_table: Tensor | None,
+    test_lookup: Tensor | None,
+    test_kind: int,
+    test_numbers: Sequence[int],
     block_q: int,
     block_kv: int,
-    frame_tokens: int,
-    video_len: int,
-    sink_tokens: int,
 ) -> SparsePlan:
-    band = None if widths is None else Band(frame_tokens, widths, video_len, sink_tokens)
-    return SparsePlan(q.shape[2], k.shape[2], block_q, block_kv, indices, counts, full_counts, _UNCOUNTED, band)
+    test = decode(test_kind, test_table, test_lookup, test_numbers)
+    return SparsePlan(q.shape[2], k.shape[2], block_q, block_kv, indices, counts, full_counts, _UNCOUNTED, test)
 
 
-def _settled(backend: str, call: Call) -> str:
+def _call(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, residual: Residual | None) -> Call:
+    all_full = plan.pair_test is None and residual is None
+    return Call.of(q, k, v, plan.block_q, plan.block_kv, all_full=all_full)
+
+
+def _settled(backend: str, call: Call) -> Support:
     support = choose(call) if backend == "auto" else check(backend, call)
     if not support.ok:
         raise ValueError(f"The {support.backend} attention backend cannot run this call: {support.reason}.")
-    return support.backend
+    return support
 
 
 @block_sparse_attention.register_fake
@@ -123,14 +154,17 @@ def _(
     indices: Tensor,
     counts: Tensor,
     full_counts: Tensor,
-    widths: Tensor | None,
+    test_table: Tensor | None,
+    test_lookup: Tensor | None,
+    test_kind: int,
+    test_numbers: Sequence[int],
     block_q: int,
     block_kv: int,
-    frame_tokens: int,
-    video_len: int,
-    sink_tokens: int,
     scale: float,
     backend: str,
+    k_mean: Tensor | None = None,
+    v_sum: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -138,7 +172,7 @@ def _(
 @torch.library.custom_op("dit_accel::block_sparse_attention_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
 def block_sparse_attention_backward(
     grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, need_q: bool, need_kv: bool, *arguments: Any
-) -> Gradients:
+) -> tuple[Tensor, ...]:
     """Differentiates `block_sparse_attention`, on the backend that ran it; autograd calls this.
 
     Args:
@@ -151,18 +185,30 @@ def block_sparse_attention_backward(
         *arguments: Those of `block_sparse_attention`, in its order.
 
     Returns:
-        `(grad_q, grad_k, grad_v)`, contiguous, in the shapes and dtype of q, k and v; undefined where not asked for.
+        `(grad_q, grad_k, grad_v, grad_k_mean, grad_v_sum)`, contiguous, in the shapes and dtypes of what they belong
+        to; undefined where not asked for, the last two empty without a residual.
 
     Raises:
         ValueError: The named backend cannot run this call.
     """
-    q, k, v, *lists, scale, backend = arguments
-    plan = _plan(q, k, *lists)
+    q, k, v, *lists, scale, backend = arguments[:-_MEANS]
+    plan, residual = _plan(q, k, *lists), _residual(*arguments[-_MEANS:])
     inputs = BackwardInputs(q, k, v, out, lse, grad_out, grad_lse, need_q, need_kv)
-    chosen = _settled(backend, Call.of(q, k, v, plan.block_q, plan.block_kv))
+    chosen = _settled(backend, _call(q, k, v, plan, residual)).family
+    grads = _listed_gradients(chosen, inputs, plan, scale)
+    if residual is None:
+        return *grads, q.new_empty(0), q.new_empty(0)
+    # The log-sum-exp is that of listed keys and mean keys together, so both parts of the softmax stand on their own.
+    used = rounded(residual, q.dtype) if chosen == "triton" else residual
+    grad_q, grad_k_mean, grad_v_sum = centroid_backward(inputs, used, plan, scale)
+    return (grad_q + grads[0]).to(q.dtype), *grads[1:], grad_k_mean, grad_v_sum
+
+
+def _listed_gradients(chosen: str, inputs: BackwardInputs, plan: SparsePlan, scale: float) -> Gradients:
     if chosen == "reference":
         return reference_backward(inputs, plan, scale)
-    if chosen == "gather":
+    # The gradients ask for out and lse only, not for how they came about.
+    if chosen in ("gather", "xformers"):
         return gather_backward(inputs, plan, scale)
     from .triton_kernels.backward import triton_backward
 
@@ -172,30 +218,35 @@ def block_sparse_attention_backward(
 @block_sparse_attention_backward.register_fake
 def _(
     grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, need_q: bool, need_kv: bool, *arguments: Any
-) -> Gradients:
+) -> tuple[Tensor, ...]:
     q, k, v = arguments[:3]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    means = arguments[-_MEANS:-1]
+    return *grads, *(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in means)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     # Runs only if a gradient will be asked for; without, nothing is kept.
-    if inputs[-1] == "flex":
+    means, backend = inputs[-_MEANS:], inputs[-_MEANS - 1]
+    if backend == "flex":
         raise NotImplementedError(
             "The flex attention backend has no backward pass, but q, k or v requires a gradient. "
             "Use backend='auto', 'triton' or 'gather', or run under torch.no_grad()."
         )
-    tensors, ctx.numbers = inputs[:7], inputs[7:]
-    ctx.save_for_backward(*tensors, *output)
+    ctx.numbers = inputs[_TENSORS:-_MEANS]
+    ctx.save_for_backward(*inputs[:_TENSORS], *means, *output)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
+    *tensors, k_mean, v_sum, sizes, out, lse = ctx.saved_tensors
     need_q, need_k, need_v = ctx.needs_input_grad[:3]
+    means = (k_mean, v_sum, sizes)
     grads = block_sparse_attention_backward(
-        grad_out, grad_lse, out, lse, need_q, need_k or need_v, *tensors, *ctx.numbers
+        grad_out, grad_lse, out, lse, need_q, need_k or need_v, *tensors, *ctx.numbers, *means
     )
-    needed = zip(grads, (need_q, need_k, need_v), strict=True)
-    return *(grad if need else None for grad, need in needed), *(None,) * (len(tensors) - 3 + len(ctx.numbers))
+    needed = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[-_MEANS:-1])
+    found = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    return *found[:3], *(None,) * (len(tensors) - 3 + len(ctx.numbers)), *found[3:], None
 
 
 torch.library.register_autograd("dit_accel::block_sparse_attention", _differentiate, setup_context=_save)

@@ -14,105 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Upper bound for one temporary of `Band.pairs_per_block`, in elements.
-_COUNT_CHUNK = 1 << 18
-
-
-@dataclass(frozen=True, eq=False)
-class Band:
-    """Element test of a video band mask (Radial Attention, arXiv 2506.19852), applied inside PARTIAL blocks.
-
-    Query `q` in frame i at raster position k keeps key `kv` in frame j at raster position l iff
-    `|k - l| <= widths[|i - j|]`.  Text and sink tokens are always kept.
-
-    Attributes:
-        frame_tokens: Tokens per frame.
-        widths: int32 `[frames]`, half-width for each frame distance; -1 keeps nothing at that distance.
-        video_len: Tokens `[0, video_len)` are video, frame after frame.  Everything behind is text, which sees and is
-            seen by every token.
-        sink_tokens: Keys `[0, sink_tokens)` are kept by every query.
-    """
-
-    frame_tokens: int
-    widths: Tensor
-    video_len: int
-    sink_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if self.frame_tokens < 1:
-            raise ValueError(f"Band.frame_tokens must be at least 1, got {self.frame_tokens}.")
-        if self.widths.ndim != 1 or self.widths.dtype != torch.int32 or self.widths.numel() == 0:
-            raise ValueError(
-                f"Band.widths must be a non-empty int32 vector with one half-width per frame distance, "
-                f"got {self.widths.dtype} of shape {tuple(self.widths.shape)}."
-            )
-        room = self.frame_tokens * self.widths.numel()
-        if not 0 <= self.video_len <= room:
-            raise ValueError(
-                f"Band.video_len is {self.video_len}, but {self.widths.numel()} frames of {self.frame_tokens} tokens "
-                f"hold {room}. Give one width per frame."
-            )
-        if self.sink_tokens < 0:
-            raise ValueError(f"Band.sink_tokens must not be negative, got {self.sink_tokens}.")
-
-    def keeps(self, q_index: Tensor, kv_index: Tensor) -> Tensor:
-        """Tells which (query, key) pairs the band keeps; this method is the definition.
-
-        Args:
-            q_index: Integer query positions.
-            kv_index: Integer key positions, broadcastable against `q_index`.
-
-        Returns:
-            Bool tensor of the broadcast shape.
-        """
-        last = self.widths.numel() - 1
-        frames = (q_index // self.frame_tokens - kv_index // self.frame_tokens).abs().clamp(max=last)
-        offset = (q_index % self.frame_tokens - kv_index % self.frame_tokens).abs()
-        near = offset <= self.widths.to(frames.device)[frames.long()]
-        return near | (q_index >= self.video_len) | (kv_index >= self.video_len) | (kv_index < self.sink_tokens)
-
-    def pairs_per_block(self, q_len: int, kv_len: int, block_q: int, block_kv: int) -> Tensor:
-        """Counts the pairs the band keeps in every block, exactly and without an element mask.
-
-        Keys are cut where the block, the frame, the sink or the text begins.  Inside such a segment the kept keys of
-        one query are an interval, so counting is arithmetic: `q_len` times the number of segments.
-
-        Returns:
-            int64 `[ceil(q_len / block_q), ceil(kv_len / block_kv)]` on the device of `widths`.
-        """
-        device = self.widths.device
-        starts, ends = self._segments(kv_len, block_kv, device)
-        free = (starts >= self.video_len) | (starts < self.sink_tokens)
-        frame = (starts // self.frame_tokens).clamp(max=self.widths.numel() - 1)
-        low = starts - frame * self.frame_tokens
-        high = low + (ends - starts)
-        rows, cols = -(-q_len // block_q), -(-kv_len // block_kv)
-        out = torch.zeros(rows, cols, dtype=torch.int64, device=device)
-        step = max(1, _COUNT_CHUNK // (starts.numel() * block_q)) * block_q
-        for begin in range(0, q_len, step):
-            q = torch.arange(begin, min(begin + step, q_len), device=device)[:, None]
-            k = q % self.frame_tokens
-            distance = (q // self.frame_tokens - frame).abs().clamp(max=self.widths.numel() - 1)
-            width = self.widths[distance].long()
-            kept = (torch.minimum(high, k + width + 1) - torch.maximum(low, k - width)).clamp(min=0)
-            kept = torch.where(free | (q >= self.video_len), ends - starts, kept)
-            per_q = torch.zeros(q.numel(), cols, dtype=torch.int64, device=device)
-            per_q.index_add_(1, starts // block_kv, kept)
-            out.index_add_(0, q[:, 0] // block_q, per_q)
-        return out
-
-    def _segments(self, kv_len: int, block_kv: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        cuts = [
-            torch.arange(0, kv_len, block_kv, device=device),
-            torch.arange(0, min(self.video_len, kv_len), self.frame_tokens, device=device),
-            torch.tensor([min(self.sink_tokens, kv_len), min(self.video_len, kv_len), kv_len], device=device),
-        ]
-        edges = torch.cat(cuts).unique()
-        return edges[:-1], edges[1:]
-
-    def to(self, device: torch.device | str) -> Band:
-        """Copies the band to `device`."""
-        return replace(self, widths=self.widths.to(device))
+from .bitmap import Bitmap
+from .pair_tests import Neighborhood, PairTest, block_area
 
 
 @dataclass(frozen=True)
@@ -120,7 +23,7 @@ class PlanStats:
     """What a plan costs, counted when it was built.
 
     Attributes:
-        density: Kept (query, key) pairs over all pairs, exact (short last blocks and the band included).
+        density: Kept (query, key) pairs over all pairs, exact (short last blocks and the pair test included).
         density_per_head: The same for each head (averaged over the batch); one entry if all heads share a row.
         method: Name of the method that built the plan.
         details: Settings worth reporting (rule, decay, ...).
@@ -145,7 +48,7 @@ class SparsePlan:
         counts: int32 `[B|1, H|1, NQ]`, listed blocks of each row.
         full_counts: int32, same shape, how many of them are FULL (no element test).
         stats: Density and origin.
-        band: Element test of the PARTIAL blocks, in plan positions.  None: every listed block is FULL.
+        pair_test: Element test of the PARTIAL blocks, for plan positions.  None: every listed block is FULL.
         order: int64 `[N]` or None.  Plan position p holds token `order[p]`; the same for queries and keys.
         always_q: Query ranges `(start, stop)` that see everything.  They are in the lists already; for reports.
         always_kv: Key ranges that everyone sees, likewise.
@@ -159,7 +62,7 @@ class SparsePlan:
     counts: Tensor
     full_counts: Tensor
     stats: PlanStats
-    band: Band | None = None
+    pair_test: PairTest | None = None
     order: Tensor | None = None
     always_q: tuple[tuple[int, int], ...] = ()
     always_kv: tuple[tuple[int, int], ...] = ()
@@ -170,11 +73,8 @@ class SparsePlan:
         _check_order(self.order, self.q_len, self.kv_len, self.indices.device)
         _check_ranges("always_q", self.always_q, self.q_len)
         _check_ranges("always_kv", self.always_kv, self.kv_len)
-        if self.band is not None and self.band.widths.device != self.indices.device:
-            raise ValueError(
-                f"The band is on {self.band.widths.device}, the lists are on {self.indices.device}. "
-                "Move the plan with SparsePlan.to(device)."
-            )
+        if self.pair_test is not None:
+            _check_pair_test(self, self.pair_test)
 
     @property
     def num_q_blocks(self) -> int:
@@ -200,7 +100,7 @@ class SparsePlan:
     def nbytes(self) -> int:
         """Bytes held by the plan's tensors."""
         tensors = [self.indices, self.counts, self.full_counts, self.order]
-        tensors.append(None if self.band is None else self.band.widths)
+        tensors += [] if self.pair_test is None else self.pair_test.tensors()
         unique = {id(t): t for t in tensors if t is not None}
         return sum(t.numel() * t.element_size() for t in unique.values())
 
@@ -213,7 +113,7 @@ class SparsePlan:
             indices=self.indices.to(device),
             counts=self.counts.to(device),
             full_counts=self.full_counts.to(device),
-            band=None if self.band is None else self.band.to(device),
+            pair_test=None if self.pair_test is None else self.pair_test.to(device),
             order=None if self.order is None else self.order.to(device),
         )
 
@@ -226,7 +126,7 @@ class SparsePlan:
         Returns:
             bool `[B|1, H|1, NQ, NK]`, in plan positions.
         """
-        counts = self.full_counts if full_only and self.band is not None else self.counts
+        counts = self.full_counts if full_only and self.pair_test is not None else self.counts
         slots = torch.arange(self.indices.shape[-1], device=self.device)
         # Padding entries go to a spare column, which is cut off again.
         target = torch.where(slots < counts[..., None], self.indices, self.num_kv_blocks).long()
@@ -240,10 +140,10 @@ class SparsePlan:
             bool `[B|1, H|1, q_len, kv_len]` in the ORIGINAL token order.  Needs `q_len * kv_len` bytes per head.
         """
         mask = self._expand(self.to_bool())
-        if self.band is not None:
+        if self.pair_test is not None:
             q = torch.arange(self.q_len, device=self.device)[:, None]
             kv = torch.arange(self.kv_len, device=self.device)[None, :]
-            mask &= self._expand(self.to_bool(full_only=True)) | self.band.keeps(q, kv)
+            mask &= self._expand(self.to_bool(full_only=True)) | self.pair_test.keeps(q, kv)
         if self.order is not None:
             position = torch.argsort(self.order)
             mask = mask[..., position, :][..., position]
@@ -262,7 +162,7 @@ def plan_from_blocks(
     block_q: int,
     block_kv: int,
     partial: Tensor | None = None,
-    band: Band | None = None,
+    pair_test: PairTest | None = None,
     order: Tensor | None = None,
     always_q: Sequence[tuple[int, int]] = (),
     always_kv: Sequence[tuple[int, int]] = (),
@@ -279,9 +179,10 @@ def plan_from_blocks(
         kv_len: Key tokens.
         block_q: Queries per block.
         block_kv: Keys per block.
-        partial: bool, same shape as `keep` (or `[NQ, NK]`): kept blocks in which `band` is tested per element.  With a
-            band and no `partial`, the blocks that the band cuts are found here and those it empties are dropped.
-        band: Element test of the partial blocks, in plan positions.
+        partial: bool, same shape as `keep` (or `[NQ, NK]`): kept blocks in which the test is applied to every
+            pair.  With a test and no `partial`, the blocks it cuts are found here and those it empties are dropped.
+        pair_test: Element test of the partial blocks, for plan positions.  A `Neighborhood` without `raster` is given
+            the one of `order`, so it sees the tokens where they stand on the grid.
         order: int64 `[N]` token permutation, see `SparsePlan.order`.
         always_q: Query ranges that see everything, for reports.
         always_kv: Key ranges that everyone sees, for reports.
@@ -292,18 +193,27 @@ def plan_from_blocks(
         The plan, on the device of `keep`.
 
     Raises:
-        ValueError: Wrong shapes or dtypes, `partial` without `band`, or a partial block that is not kept.
+        ValueError: Wrong shapes or dtypes, `partial` without a test, or a partial block that is not kept.
     """
     _check_lengths(q_len, kv_len, block_q, block_kv)
     rows, cols = -(-q_len // block_q), -(-kv_len // block_kv)
     keep = _as_block_mask("keep", keep, rows, cols)
-    if band is not None:
-        band = band.to(keep.device)
-    pairs = None if band is None else band.pairs_per_block(q_len, kv_len, block_q, block_kv)
-    area = _block_area(q_len, kv_len, block_q, block_kv, keep.device)
+    sizes = (q_len, kv_len, block_q, block_kv)
+    pairs = None
+    if pair_test is not None:
+        pair_test = pair_test.to(keep.device)
+        if isinstance(pair_test, Neighborhood) and order is not None:
+            pair_test = pair_test.in_order(order)
+        if isinstance(pair_test, Bitmap):
+            # Heads that share a row of blocks may still differ inside them.
+            lead = (n if m == 1 else m for m, n in zip(keep.shape[:2], pair_test.slots.shape[:2], strict=True))
+            keep = keep.expand(*lead, -1, -1)
+        pair_test.check_fit(*sizes, (keep.shape[0], keep.shape[1]))
+        pairs = pair_test.pairs_per_block(*sizes).expand_as(keep)
+    area = block_area(*sizes, keep.device)
     if partial is not None:
         partial = _as_block_mask("partial", partial, rows, cols).to(keep.device).expand_as(keep)
-        _check_partial(partial, keep, band)
+        _check_partial(partial, keep, pair_test)
     elif pairs is not None:
         partial, keep = keep & (pairs > 0) & (pairs < area), keep & (pairs > 0)
     per_head = _density_per_head(keep, partial, area, pairs) / (q_len * kv_len)
@@ -318,7 +228,7 @@ def plan_from_blocks(
         counts=counts,
         full_counts=full_counts,
         stats=PlanStats(sum(heads) / len(heads), heads, method, dict(details or {})),
-        band=band,
+        pair_test=pair_test,
         order=order,
         always_q=tuple((int(a), int(b)) for a, b in always_q),
         always_kv=tuple((int(a), int(b)) for a, b in always_kv),
@@ -338,22 +248,12 @@ def _lists(keep: Tensor, partial: Tensor | None) -> tuple[Tensor, Tensor, Tensor
     return torch.where(slots < counts[..., None], indices, 0), counts, full_counts
 
 
-def _block_area(q_len: int, kv_len: int, block_q: int, block_kv: int, device: torch.device) -> Tensor:
-    heights = _block_lengths(q_len, block_q, device)
-    return heights[:, None] * _block_lengths(kv_len, block_kv, device)
-
-
-def _block_lengths(length: int, block: int, device: torch.device) -> Tensor:
-    starts = torch.arange(0, length, block, device=device)
-    return (length - starts).clamp(max=block)
-
-
 def _density_per_head(keep: Tensor, partial: Tensor | None, area: Tensor, pairs: Tensor | None) -> Tensor:
     """Kept pairs per head, averaged over the batch, float64 `[H|1]`; one head at a time to bound memory."""
     totals = torch.zeros(keep.shape[:2], dtype=torch.float64, device=keep.device)
     for b in range(keep.shape[0]):
         for h in range(keep.shape[1]):
-            kept = area if partial is None or pairs is None else torch.where(partial[b, h], pairs, area)
+            kept = area if partial is None or pairs is None else torch.where(partial[b, h], pairs[b, h], area)
             totals[b, h] = torch.where(keep[b, h], kept, 0).sum()
     return totals.mean(0)
 
@@ -369,9 +269,11 @@ def _as_block_mask(name: str, mask: Tensor, rows: int, cols: int) -> Tensor:
     return mask if mask.ndim == 4 else mask[None, None]
 
 
-def _check_partial(partial: Tensor, keep: Tensor, band: Band | None) -> None:
-    if band is None:
-        raise ValueError("partial blocks need a band that says which elements to keep. Pass band=, or drop partial=.")
+def _check_partial(partial: Tensor, keep: Tensor, pair_test: PairTest | None) -> None:
+    if pair_test is None:
+        raise ValueError(
+            "partial blocks need a pair test that says which pairs to keep. Pass pair_test=, or drop partial=."
+        )
     if bool((partial & ~keep).any()):
         raise ValueError("partial marks blocks that keep does not. Every partial block must be a kept block.")
 
@@ -397,6 +299,17 @@ def _check_lists(plan: SparsePlan) -> None:
             raise ValueError(f"{name} must be int32, got {tensor.dtype}. Convert it with .to(torch.int32).")
         if tensor.device != indices.device:
             raise ValueError(f"{name} is on {tensor.device}, indices on {indices.device}. Put all lists together.")
+
+
+def _check_pair_test(plan: SparsePlan, test: PairTest) -> None:
+    for tensor in test.tensors():
+        if tensor.device != plan.device:
+            raise ValueError(
+                f"The pair test is on {tensor.device}, the lists are on {plan.device}. "
+                "Move the plan with SparsePlan.to(device)."
+            )
+    lead = (plan.indices.shape[0], plan.indices.shape[1])
+    test.check_fit(plan.q_len, plan.kv_len, plan.block_q, plan.block_kv, lead)
 
 
 def _check_order(order: Tensor | None, q_len: int, kv_len: int, device: torch.device) -> None:

@@ -6,12 +6,16 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("triton", "gather", "reference", "flex")
+from .triton_kernels.variants import VARIANTS, backend_name, check_variant, choose_variant, fits_descriptors
+
+BACKENDS = ("triton", "gather", "reference", "flex", "xformers")
+# What `attend(backend=...)` takes beside "auto": the backends, and single variants of the Triton kernel.
+NAMES = (*BACKENDS, *(backend_name(variant) for variant in VARIANTS))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _MAX_HEAD_DIM = 256
@@ -23,19 +27,38 @@ class Support:
     """Whether a backend takes a call.
 
     Attributes:
-        backend: One of `BACKENDS`.
+        backend: One of `NAMES`.
         ok: True if it runs the call.
         reason: What makes it fit, or what stands in the way and what to do.
+        variant: Variant of the Triton kernel that runs it; empty for other backends.
     """
 
     backend: str
     ok: bool
     reason: str
+    variant: str = ""
+
+    @property
+    def family(self) -> str:
+        """The backend without its variant, one of `BACKENDS`."""
+        return self.backend.partition(":")[0]
 
 
 @dataclass(frozen=True)
 class Call:
-    """The facts about an attention call that decide between backends."""
+    """The facts about an attention call that decide between backends.
+
+    Attributes:
+        device_type: Such as "cuda".
+        dtype: Of q, k and v.
+        head_dim: Their last dimension.
+        block_q: Queries per block of the plan.
+        block_kv: Keys per block.
+        strides_ok: Whether their last stride is 1.
+        aligned: Whether Hopper's tensor descriptors can read them, see `fits_descriptors`.
+        all_full: Whether every listed block is attended to in full: no pair test and no residual.
+        device_index: Which of the devices; None for the current one.
+    """
 
     device_type: str
     dtype: torch.dtype
@@ -43,12 +66,17 @@ class Call:
     block_q: int
     block_kv: int
     strides_ok: bool = True
+    aligned: bool = True
+    all_full: bool = True
+    device_index: int | None = None
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, block_q: int, block_kv: int) -> Call:
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, block_q: int, block_kv: int, *, all_full: bool = True) -> Call:
         """Reads the facts off the tensors of a call."""
         contiguous = all(t.stride(-1) == 1 for t in (q, k, v))
-        return cls(q.device.type, q.dtype, q.shape[-1], block_q, block_kv, contiguous)
+        aligned = all(fits_descriptors(t) for t in (q, k, v))
+        facts = (q.device.type, q.dtype, q.shape[-1], block_q, block_kv, contiguous, aligned, all_full)
+        return cls(*facts, q.device.index)
 
 
 @cache
@@ -81,9 +109,23 @@ def _no_triton(call: Call) -> str | None:
 
 
 def _check_triton(call: Call) -> Support:
-    obstacle = _no_triton(call)
+    if (obstacle := _no_triton(call)) is not None:
+        return Support("triton", False, obstacle)
+    choice = choose_variant(call)
+    return Support("triton", choice.ok, _kernel_reason(choice.ok, choice.reason), choice.variant)
+
+
+def _check_triton_variant(variant: str, call: Call) -> Support:
+    name = backend_name(variant)
+    if (obstacle := _no_triton(call)) is not None:
+        return Support(name, False, obstacle, variant)
+    choice = check_variant(variant, call)
+    return Support(name, choice.ok, _kernel_reason(choice.ok, choice.reason), variant)
+
+
+def _kernel_reason(ok: bool, reason: str) -> str:
     where = "the interpreter (slow, for tests)" if interpreting() else "the GPU"
-    return Support("triton", obstacle is None, obstacle or f"block-sparse kernel on {where}")
+    return f"block-sparse kernel on {where}, {reason}" if ok else reason
 
 
 def _check_gather(call: Call) -> Support:
@@ -130,11 +172,21 @@ def _check_flex(call: Call) -> Support:
     return Support("flex", obstacle is None, obstacle or how)
 
 
+def _check_xformers(call: Call) -> Support:
+    # The question costs an import and a tiny call, which most programs never need.
+    from .xformers.probe import xformers_problem
+
+    obstacle = xformers_problem(call.device_type, call.dtype, call.head_dim)
+    return Support("xformers", obstacle is None, obstacle or "xformers on gathered blocks; runs only if named")
+
+
 _CHECKS: dict[str, Callable[[Call], Support]] = {
     "triton": _check_triton,
     "gather": _check_gather,
     "reference": _check_reference,
     "flex": _check_flex,
+    "xformers": _check_xformers,
+    **{backend_name(variant): partial(_check_triton_variant, variant) for variant in VARIANTS},
 }
 
 
@@ -145,7 +197,7 @@ def check(backend: str, call: Call) -> Support:
         ValueError: Unknown backend name.
     """
     if backend not in _CHECKS:
-        raise ValueError(f"Unknown attention backend {backend!r}. Choose 'auto' or one of {', '.join(BACKENDS)}.")
+        raise ValueError(f"Unknown attention backend {backend!r}. Choose 'auto' or one of {', '.join(NAMES)}.")
     return _CHECKS[backend](call)
 
 

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import SparseAttnProcessor
+from .adaspa import AdaSpaAttnProcessor
+from .base import DynamicAttnProcessor, SparseAttnProcessor, StaticAttnProcessor
+from .block_routing import BlockRoutingAttnProcessor
+from .compensated import CompensatedAttnProcessor
+from .neighborhood import NeighborhoodAttnProcessor
 from .radial import RadialAttnProcessor
+from .vmoba import VMOBA_PRESETS, VMoBAAttnProcessor
 
-ATTENTION: dict[str, type[SparseAttnProcessor]] = {"radial": RadialAttnProcessor}
+ATTENTION: dict[str, type[SparseAttnProcessor]] = {
+    "radial": RadialAttnProcessor,
+    "adaspa": AdaSpaAttnProcessor,
+    "neighborhood": NeighborhoodAttnProcessor,
+    "block_routing": BlockRoutingAttnProcessor,
+    "compensated": CompensatedAttnProcessor,
+    "vmoba": VMoBAAttnProcessor,
+}
 
 
 def processor_by_name(name: str, **settings: Any) -> SparseAttnProcessor:
@@ -24,4 +36,17 @@ def processor_by_name(name: str, **settings: Any) -> SparseAttnProcessor:
         raise ValueError(f"attention method {name!r}: {str(error).split('()', 1)[-1].strip()}") from error
 
 
-__all__ = ["ATTENTION", "RadialAttnProcessor", "SparseAttnProcessor", "processor_by_name"]
+__all__ = [
+    "ATTENTION",
+    "VMOBA_PRESETS",
+    "AdaSpaAttnProcessor",
+    "BlockRoutingAttnProcessor",
+    "CompensatedAttnProcessor",
+    "DynamicAttnProcessor",
+    "NeighborhoodAttnProcessor",
+    "RadialAttnProcessor",
+    "SparseAttnProcessor",
+    "StaticAttnProcessor",
+    "VMoBAAttnProcessor",
+    "processor_by_name",
+]

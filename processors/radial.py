@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..plan.radial import radial_plan
-from .base import PUBLISHED_WARM_UP, SparseAttnProcessor
+from .base import PUBLISHED_WARM_UP, StaticAttnProcessor
 
 if TYPE_CHECKING:
     from ..kernels.sparse_plan import SparsePlan
     from ..layout import TokenLayout
 
 
-class RadialAttnProcessor(SparseAttnProcessor):
+class RadialAttnProcessor(StaticAttnProcessor):
     """Static sparse attention whose density decays with the distance between frames.
 
     By both rules all pairs within a frame are kept, so models of images are refused.

@@ -104,7 +104,7 @@ def _accelerated(pipe: DiffusionPipeline, settings: Settings, **changes: Any) ->
     from dit_accel import accelerate
 
     try:
-        handle = accelerate(pipe, attention=settings.attention, **{**settings.radial, **changes})
+        handle = accelerate(pipe, attention=settings.attention, **{**settings.method, **changes})
     except (ValueError, NotImplementedError) as error:
         raise UsageError(f"{one_line(error)} (--attention dense renders without it)") from error
     with handle:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from dit_accel.kernels.sparse_plan import SparsePlan
+    from dit_accel.kernels.triton_kernels.forward_config import LaunchConfig
 
 # Names of dtypes (torch is not imported here), head dims and the difference from float32 attention that is accepted.
 CASES = (("float32", 64, 1e-4), ("float16", 128, 5e-3), ("bfloat16", 64, 4e-2), ("bfloat16", 128, 4e-2))
@@ -26,16 +27,19 @@ def examine_kernels(kinds: list[str]) -> dict[str, Any]:
     """Checks all backends on devices of these kinds ("cpu", "cuda").
 
     Returns:
-        Plain data: ``auto`` (what is chosen per device, and why), ``kernels`` (one row per device and backend) and
-        ``healthy`` (what auto chooses gives right results everywhere).
+        Plain data: ``auto`` (what is chosen per device, and why), ``kernels`` (one row per device and backend),
+        ``variants`` (one row per device and variant of the Triton kernel) and ``healthy`` (what auto chooses gives
+        right results everywhere).
     """
     from dit_accel.kernels.attend import BACKENDS
+    from dit_accel.kernels.triton_kernels.variants import VARIANTS
 
     rows = [_examine(backend, kind) for kind in kinds for backend in BACKENDS]
     auto = {kind: _automatic(kind) for kind in kinds}
     works = {(row["device"], row["backend"]): row["ok"] for row in rows}
     healthy = all(works[kind, choice["backend"]] for kind, choice in auto.items())
-    return {"auto": auto, "kernels": rows, "healthy": healthy}
+    variants = [_variant(variant, kind) for kind in kinds for variant in VARIANTS]
+    return {"auto": auto, "kernels": rows, "variants": variants, "healthy": healthy}
 
 
 def print_kernels(findings: dict[str, Any]) -> None:
@@ -49,6 +53,10 @@ def print_kernels(findings: dict[str, Any]) -> None:
             print(f"{'':<14} {check['dtype']}, head dim {check['head_dim']}: {check['detail']}")
         for name, value in row["configuration"].items():
             print(f"{'':<14} {name}: {value}")
+    for row in findings["variants"]:
+        print(f"{row['device'] + ' ' + row['variant']:<21} {'runs' if row['ok'] else 'refused'}: {row['reason']}")
+        for name, value in row["configuration"].items():
+            print(f"{'':<21} {name}: {value}")
 
 
 @contextmanager
@@ -63,14 +71,15 @@ def _plan(device: str) -> SparsePlan:
     """Odd length, full and partial blocks, lists per head; every query sees a key, since torch gives NaN otherwise."""
     import torch
 
-    from dit_accel.kernels.sparse_plan import Band, plan_from_blocks
+    from dit_accel.kernels.pair_tests import Band
+    from dit_accel.kernels.sparse_plan import plan_from_blocks
 
     blocks = -(-TOKENS // BLOCK)
     keep = torch.rand(1, HEADS, blocks, blocks, generator=torch.Generator().manual_seed(0)) < 0.5
     keep |= torch.eye(blocks, dtype=torch.bool)
     widths = torch.tensor([40, 20, 5, -1], dtype=torch.int32)
     sizes: dict[str, Any] = {"q_len": TOKENS, "kv_len": TOKENS, "block_q": BLOCK, "block_kv": BLOCK}
-    return plan_from_blocks(keep, band=Band(72, widths, 288, 10), **sizes).to(device)
+    return plan_from_blocks(keep, pair_test=Band(72, widths, 288, 10), **sizes).to(device)
 
 
 def _examine(backend: str, kind: str) -> dict[str, Any]:
@@ -84,6 +93,26 @@ def _examine(backend: str, kind: str) -> dict[str, Any]:
         "reason": (ran or checks)[0]["reason"],
         "checks": checks,
         "configuration": _configuration(backend, kind) if ran else {},
+    }
+
+
+def _variant(variant: str, kind: str) -> dict[str, Any]:
+    """Whether a variant takes plain calls in 16 bits with blocks of 128, and what its self-check found."""
+    import torch
+
+    from dit_accel.kernels.support import Call, check
+    from dit_accel.kernels.triton_kernels.self_check import known_outcomes
+    from dit_accel.kernels.triton_kernels.variants import backend_name
+
+    answer = check(backend_name(variant), Call(kind, torch.float16, 128, 128, 128))
+    outcome = known_outcomes(kind).get(variant)
+    return {
+        "device": kind,
+        "variant": answer.backend,
+        "ok": answer.ok,
+        "reason": answer.reason,
+        "max_abs_error": None if outcome is None else outcome.error,
+        "configuration": _variant_configuration(variant, kind) if answer.ok else {},
     }
 
 
@@ -137,15 +166,30 @@ def _configuration(backend: str, kind: str) -> dict[str, str]:
         return {"threads": str(torch.get_num_threads())}
     if backend != "triton":
         return {}
+    sizes = (("16 bit", 2), ("32 bit", 4))
+    return {f"{name}, head dim {dim}": _pointer_tile(kind, size, dim) for name, size in sizes for dim in HEAD_DIMS}
+
+
+def _variant_configuration(variant: str, kind: str) -> dict[str, str]:
+    from dit_accel.kernels.triton_kernels.hopper import hopper_config
+
+    found = {}
+    for dim in (64, 128):
+        hopper = variant != "pointer"
+        found[f"16 bit, head dim {dim}"] = _tile(hopper_config(dim, 128)) if hopper else _pointer_tile(kind, 2, dim)
+    return found
+
+
+def _pointer_tile(kind: str, itemsize: int, head_dim: int) -> str:
+    import torch
+
     from dit_accel.kernels.triton_kernels.forward_config import launch_config
 
-    capability = None
-    if kind == "cuda" and not torch.version.hip:
-        capability = torch.cuda.get_device_capability()
-    found = {}
-    for name, itemsize in (("16 bit", 2), ("32 bit", 4)):
-        for dim in HEAD_DIMS:
-            config = launch_config(capability, itemsize, dim, 128, 128)
-            tile = f"{config.tile_m} queries x {config.tile_n} keys"
-            found[f"{name}, head dim {dim}"] = f"{tile}, {config.warps} warps, {config.stages} stages"
-    return found
+    known = kind == "cuda" and not torch.version.hip
+    capability = torch.cuda.get_device_capability() if known else None
+    return _tile(launch_config(capability, itemsize, head_dim, 128, 128))
+
+
+def _tile(config: LaunchConfig) -> str:
+    tile = f"{config.tile_m} queries x {config.tile_n} keys"
+    return f"{tile}, {config.warps} warps, {config.stages} stages"

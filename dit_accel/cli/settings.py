@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import EnvironmentProblem, UsageError, one_line
 from .models import Model, check_multiple
+from .neighborhood import OPTIONS as NEIGHBORHOOD_OPTIONS
 
 if TYPE_CHECKING:
     from dit_accel.shapes.info import ModelInfo
@@ -22,7 +23,18 @@ ARGUMENTS = {
     "guidance": "guidance_scale",
     "negative_prompt": "negative_prompt",
 }
-RADIAL_OPTIONS = ("decay", "block", "rule", "mask", "dense_steps", "dense_layers", "backend")
+COMMON_OPTIONS = ("block", "dense_steps", "dense_layers", "backend")
+OWN_OPTIONS = {  # of each method, besides the common ones
+    "radial": ("decay", "rule", "mask"),
+    "neighborhood": NEIGHBORHOOD_OPTIONS,
+    "adaspa": (
+        *("density", "levels", "recall", "recall_over", "min_density", "max_density"),
+        *("search_again", "drift", "cache_lse", "compensate"),
+    ),
+    "block_routing": ("score", "select", "amount", "search_every", "head_shared", "first_frame", "compensate"),
+    "compensated": ("tau", "variance", "density", "morton", "search_every", "compensate"),
+    "vmoba": ("chunk", "patch", "cube", "select", "amount", "scope", "boundaries", "search_every", "compensate"),
+}
 FPS = {"Wan": 16, "HunyuanVideo": 24, "LTX": 24, "CogVideoX": 8, "Mochi": 30}  # what their authors play them at
 OTHER_FPS = 16
 
@@ -32,8 +44,8 @@ class Settings:
     """One rendering. None means that the pipeline has no such argument, or decides itself.
 
     Attributes:
-        attention: ``"radial"`` or ``"dense"``.
-        radial: all options of the method; empty if dense.
+        attention: name of a method, or ``"dense"``.
+        method: all options of the method; empty if dense.
         compare: whether to render dense too.
         fps: frames per second of the file.
         device: such as ``"cpu"`` or ``"cuda:0"``.
@@ -46,7 +58,7 @@ class Settings:
     model: str
     pipeline: str
     attention: str
-    radial: dict[str, Any]
+    method: dict[str, Any]
     compare: bool
     steps: int | None
     seed: int
@@ -67,7 +79,7 @@ class Settings:
     def record(self) -> dict[str, Any]:
         """All settings, as they are written to files."""
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
-        settings["attention"] = {"method": self.attention, **settings.pop("radial")}
+        settings["attention"] = {"method": self.attention, **settings.pop("method")}
         return settings
 
 
@@ -90,7 +102,7 @@ def resolve(options: argparse.Namespace, model: Model) -> Settings:
         model=options.model,
         pipeline=model.pipeline.__name__,
         attention=options.attention,
-        radial=_radial(options, model),
+        method=_method(options, model),
         compare=options.compare,
         seed=secrets.randbelow(2**32) if options.seed is None else options.seed,
         fps=options.fps or (model.shapes and model.shapes.fps) or _usual_fps(model.pipeline.__name__),
@@ -127,25 +139,46 @@ def _check_shapes_language(name: str, info: ModelInfo, prompt: str, negative_pro
         raise UsageError(f"--negative-prompt: '{name}' does not know {unknown[0]!r}; it knows {known}")
 
 
-def _radial(options: argparse.Namespace, model: Model) -> dict[str, Any]:
-    given = {name: getattr(options, name) for name in RADIAL_OPTIONS if getattr(options, name) is not None}
+def _method(options: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """Every setting of the attention method, checked against its name and its own rules."""
+    given = {name: value for name in _all_options() if (value := getattr(options, name)) is not None}
+    _check_belonging(options, given)
     if options.attention == "dense":
-        if options.compare:
-            raise UsageError("--compare renders dense anyway; leave out --attention dense")
-        if given:
-            flag = next(iter(given)).replace("_", "-")
-            raise UsageError(f"--{flag} does nothing with --attention dense; leave it out")
         return {}
     from dit_accel.families import family_of
     from dit_accel.processors import processor_by_name
 
-    chosen = (model.shapes.attention if model.shapes else {}) | given
+    usual = model.shapes.attention if model.shapes else {}
+    chosen = {name: value for name, value in usual.items() if name in _options_of(options.attention)} | given
     try:
         for root in model.roots.values():
             family_of(object.__new__(root))  # only its class is looked at, so an empty object will do
         return processor_by_name(options.attention, **chosen).settings()
     except ValueError as error:
         raise UsageError(f"{one_line(error)} (--attention dense renders without it)") from error
+
+
+def _check_belonging(options: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Refuses options that the method does not have."""
+    if options.attention == "dense" and options.compare:
+        raise UsageError("--compare renders dense anyway; leave out --attention dense")
+    known = _options_of(options.attention)
+    foreign = next((name for name in given if name not in known), None)
+    if foreign is not None:
+        owners = [method for method in OWN_OPTIONS if foreign in _options_of(method)]
+        flag = foreign.replace("_", "-")
+        raise UsageError(
+            f"--{flag} does nothing with --attention {options.attention}; leave it out, "
+            f"or choose {' or '.join(owners)}"
+        )
+
+
+def _options_of(method: str) -> tuple[str, ...]:
+    return () if method == "dense" else COMMON_OPTIONS + OWN_OPTIONS[method]
+
+
+def _all_options() -> tuple[str, ...]:
+    return COMMON_OPTIONS + tuple(name for own in OWN_OPTIONS.values() for name in own)
 
 
 def _device(name: str | None) -> str:

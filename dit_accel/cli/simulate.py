@@ -6,24 +6,37 @@ import argparse
 import json
 from typing import Any
 
+from . import neighborhood
 from .errors import UsageError, one_line
 from .plain import plain
-from .values import grid, real, whole
+from .values import amounts, grid, real, whole
 
 NAME = "simulate"
+AT_RUN_TIME = {  # methods that find their plan in queries and keys, and what their settings say of its density
+    "adaspa": "density keeps that part on average, and all of the text, after the dense steps and a dense search",
+    "block_routing": "top_k keeps about the part it is given",
+    "compensated": "density keeps the part it is given; tau 1, 1.5 and 2 keep 16, 7 and 2.3 % of Gaussian scores",
+}
 SUMMARY = "compute the exact density and the predicted speed-up of a sparse plan"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of this command."""
-    parser.add_argument("--method", choices=["radial"], default="radial", help="which plan (default: radial)")
+    parser.add_argument(
+        "--method",
+        choices=["radial", "neighborhood", *AT_RUN_TIME, "vmoba"],
+        default="radial",
+        help="which plan (default: radial)",
+    )
     parser.add_argument("--grid", type=grid, required=True, metavar="FxHxW", help="video tokens, such as 18x48x80")
     parser.add_argument("--block", type=whole(1), default=128, help="tokens per block (default: 128)")
     parser.add_argument("--decay", type=real(0, above=True), default=0.2, help="decay factor (default: 0.2)")
     parser.add_argument("--rule", choices=["authors", "paper"], default="authors", help="(default: authors)")
     parser.add_argument("--mask", choices=["block", "element"], default="block", help="(default: block)")
     parser.add_argument("--text", type=whole(0), default=0, help="text tokens after the video (default: 0)")
+    parser.add_argument("--top-k", type=amounts, metavar="N", help="vmoba: cells for each query, or three (3,20,15)")
     parser.add_argument("--no-sink", action="store_true", help="do not keep the first frame for every query")
+    neighborhood.add_arguments(parser, layers=False)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -34,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     rows = {**prediction, **prediction["assumptions"]}
     del rows["assumptions"]
+    for part in [name for name, value in rows.items() if isinstance(value, dict)]:
+        rows |= {f"{part}_{name}": value for name, value in rows.pop(part).items()}
     for name, value in rows.items():
         print(f"{name.replace('_', ' '):<20} {f'{value:.4f}' if isinstance(value, float) else value}")
     return 0
@@ -43,8 +58,20 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     """Builds the plan and asks the model of its cost.
 
     Raises:
-        UsageError: if the plan refuses the options.
+        UsageError: if the plan refuses the options, or the method has none before it runs.
     """
+    if options.method == "neighborhood":
+        return neighborhood.predict(options)
+    if options.method == "vmoba":
+        from .simulate_vmoba import predict as predict_vmoba
+
+        return predict_vmoba(options)
+    if options.method in AT_RUN_TIME:
+        raise UsageError(
+            f"{options.method} finds its blocks in the queries and keys of each call, so its density is known only at "
+            f"run time ({AT_RUN_TIME[options.method]}); use dit-accel render --attention {options.method}, which "
+            "reports it"
+        )
     from dit_accel.plan import simulate
     from dit_accel.plan.radial import radial_plan
 

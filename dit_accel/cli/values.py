@@ -50,6 +50,34 @@ def dense_steps(text: str) -> int | float:
     return value
 
 
+def steps(text: str) -> tuple[int | float, ...]:
+    """Steps counted from 0 (``30``) or shares of all (``0.6``), with commas between; none of them for ``""``."""
+    return tuple(dense_steps(part) for part in text.split(",") if part.strip())
+
+
+def amount(text: str) -> int | float:
+    """A number above 0; whole ones are counts of blocks (``12``), others parts (``0.25``) or multiples (``1.5``)."""
+    value = real(0, above=True)(text)
+    return int(text) if text.strip().isdecimal() else value
+
+
+def amounts(text: str) -> int | float | tuple[int | float, ...]:
+    """An :func:`amount`, or several of them (``3,20,15``)."""
+    several = tuple(amount(part) for part in text.split(","))
+    return several if "," in text else several[0]
+
+
+def patch(text: str) -> tuple[int, int]:
+    """Height x width in tokens (``3x4``)."""
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        height = width = 0
+    if min(height, width) < 1:
+        raise argparse.ArgumentTypeError(f"give height x width in tokens, such as 3x4, got {text!r}")
+    return height, width
+
+
 def dense_layers(text: str) -> int | set[int]:
     """How many first layers (``1``), or which ones (``0,3,29``)."""
     try:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layout import TokenLayout
 
@@ -17,6 +17,26 @@ class UnknownModelError(ValueError):
 
 def _same_layout(root: Any, path: str, layout: TokenLayout) -> TokenLayout:
     return layout
+
+
+Take = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Where a root's tokens can be put into another order once per call, around all of its blocks.
+
+    From the makers to the exit the model must treat tokens alike but for what the makers make.
+
+    Attributes:
+        makers: paths of the modules whose outputs hold something for each token: the tokens themselves, rotary tables,
+            modulation by token. Each function gets the output and ``take(tensor, axis)``, which permutes an axis, and
+            returns the output with every such axis permuted.
+        exit: path of the module whose output, ``[batch, tokens, channels]``, is put back.
+    """
+
+    makers: Mapping[str, Callable[[Any, Take], Any]]
+    exit: str
 
 
 @dataclass(frozen=True)
@@ -34,6 +54,7 @@ class Family:
         makes_video: whether its grids may have several frames; methods that live on these refuse other families.
         site_layout: tells where the query tokens of an attention module are, from the root, the module's path and the
             layout of the root's tokens; by default it is the root's.
+        token_stream: where its tokens can be permuted once per call; None where they cannot.
     """
 
     root_class: str
@@ -43,6 +64,7 @@ class Family:
     pipeline_roots: tuple[str, ...] = ("transformer", "transformer_2")
     makes_video: bool = True
     site_layout: Callable[[Any, str, TokenLayout], TokenLayout] = _same_layout
+    token_stream: TokenStream | None = None
 
 
 _FAMILIES: dict[str, Family] = {}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layout import TokenLayout
-from .registry import Family, register_family
+from .registry import Family, Take, TokenStream, register_family
 
 
 def _layout(root: Any, arguments: Mapping[str, Any]) -> TokenLayout:
@@ -23,6 +23,35 @@ def _site_kind(path: str, module: nn.Module) -> str | None:
     return "cross" if path.endswith(".attn2") else "self"
 
 
+def _permute_patches(output: Tensor, take: Take) -> Tensor:
+    """``[batch, channels, frames, height, width]``; the model flattens it to tokens without a copy of its own then."""
+    tokens = take(output.flatten(2).transpose(1, 2), 1)
+    return tokens.transpose(1, 2).unflatten(2, output.shape[2:])
+
+
+def _permute_rotary(output: tuple[Tensor, Tensor], take: Take) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each ``[1, tokens, 1, head_dim]``."""
+    return take(output[0], 1), take(output[1], 1)
+
+
+def _permute_modulation(output: tuple[Any, ...], take: Take) -> tuple[Any, ...]:
+    """Timestep embeddings, by token in Wan 2.2 5B (``[batch, tokens, channels]``), then text and image, which stay."""
+    return *(take(part, 1) if part.ndim == 3 else part for part in output[:2]), *output[2:]
+
+
 WAN = register_family(
-    Family(root_class="WanTransformer3DModel", layout=_layout, site_kind=_site_kind, block_lists=("blocks",))
+    Family(
+        root_class="WanTransformer3DModel",
+        layout=_layout,
+        site_kind=_site_kind,
+        block_lists=("blocks",),
+        token_stream=TokenStream(
+            makers={
+                "patch_embedding": _permute_patches,
+                "rope": _permute_rotary,
+                "condition_embedder": _permute_modulation,
+            },
+            exit="proj_out",
+        ),
+    )
 )

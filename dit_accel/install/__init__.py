@@ -2,7 +2,8 @@
 
 from .blocks import BlockHook, BlockInfo, BlockRecorder
 from .interception import BoundProcessor
+from .permutation import TokenPermutation
 from .root import RootInstallation
 from .site import Site
 
-__all__ = ["BlockHook", "BlockInfo", "BlockRecorder", "BoundProcessor", "RootInstallation", "Site"]
+__all__ = ["BlockHook", "BlockInfo", "BlockRecorder", "BoundProcessor", "RootInstallation", "Site", "TokenPermutation"]

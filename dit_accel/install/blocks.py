@@ -39,7 +39,8 @@ class BlockHook:
             block: which block.
             state: which step and branch.
             run: computes the block (and any hooks installed before this one) on the model's own inputs.
-            arguments: those inputs, ``{"args": tuple, "kwargs": dict}``.
+            arguments: those inputs, ``{"args": tuple, "kwargs": dict}``; their tokens are in the order that
+                ``state.layout`` tells.
         """
         return run()
 

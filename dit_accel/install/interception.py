@@ -3,10 +3,15 @@
 A stock processor reaches attention through one of two global names of its module, ``dispatch_attention_fn`` (tokens
 before heads) or ``F.scaled_dot_product_attention`` (heads before tokens). We run the stock code with its own copy of
 those globals, in which both names lead to a :class:`Site`. No projection, norm or rotary code is copied.
+
+The copy of a class's code is shared by all modules of a root, and finds the site of the module that runs in the
+:class:`Seat` of the root. Were the site part of the code itself, torch.compile would take the first block's site for
+every block that it runs by the same graph, since it guards nothing in such globals.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
@@ -20,27 +25,60 @@ if TYPE_CHECKING:
     from .site import Site
 
 
+class Seat:
+    """Where the attention functions of one root find the site of the module that is running.
+
+    Attributes:
+        site: set by each processor before its stock code runs.
+    """
+
+    def __init__(self) -> None:
+        self.site: Site | None = None
+        self._codes: dict[type, Callable[..., Any]] = {}
+
+    def code_of(self, stock: Any, path: str) -> Callable[..., Any]:
+        """The rebound ``__call__`` of a stock processor at ``path``; one for each class."""
+        if type(stock) not in self._codes:
+            self._codes[type(stock)] = rebind(stock, self, path)
+        return self._codes[type(stock)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seat:
+        """An empty one: code that leads to this seat is of no use to a copy."""
+        memo[id(self)] = copied = Seat()
+        return copied
+
+
 class BoundProcessor:
     """Stands at one attention module in place of its stock processor, and runs that processor's own code.
 
     Args:
         stock: the processor found at the module; kept untouched, and put back on removal.
         site: where its attention calls are sent.
+        seat: of the root that the module belongs to.
     """
 
-    def __init__(self, stock: Any, site: Site) -> None:
+    def __init__(self, stock: Any, site: Site, seat: Seat) -> None:
         self.stock = stock
         self.site = site
-        self._code = rebind(stock, site)
+        self.seat = seat
+        self._code = seat.code_of(stock, site.info.path)
         self._attention_backend = getattr(stock, "_attention_backend", None)
         self._parallel_config = getattr(stock, "_parallel_config", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the stock code; ``self`` takes the place of the stock processor, so later settings are seen."""
+        self.seat.site = self.site
         return self._code(self, *args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundProcessor:
+        """The same at a copy of the model."""
+        stock = copy.deepcopy(self.stock, memo)
+        copied = type(self)(stock, copy.deepcopy(self.site, memo), copy.deepcopy(self.seat, memo))
+        copied._attention_backend, copied._parallel_config = self._attention_backend, self._parallel_config
+        return copied
+
     def __getattr__(self, name: str) -> Any:
-        if name in ("stock", "site", "_code"):  # not yet set: while unpickling or copying
+        if name in ("stock", "site", "seat", "_code"):  # not yet set: while unpickling or copying
             raise AttributeError(name)
         return getattr(self.stock, name)
 
@@ -52,41 +90,41 @@ def bound_class(stock_class: Any) -> type[BoundProcessor]:
     Attention modules drop keyword arguments that the signature of their processor does not name.
     """
     stock_call = inspect.unwrap(stock_class.__call__)
-    call = functools.wraps(stock_call)(lambda self, *args, **kwargs: self._code(self, *args, **kwargs))
+    call = functools.wraps(stock_call)(lambda self, *args, **kwargs: BoundProcessor.__call__(self, *args, **kwargs))
     return type(f"Bound{stock_class.__name__}", (BoundProcessor,), {"__call__": call})
 
 
-def bind(stock: Any, site: Site) -> BoundProcessor:
-    """A processor that runs ``stock`` with its attention calls sent to ``site``.
+def bind(stock: Any, site: Site, seat: Seat) -> BoundProcessor:
+    """A processor that runs ``stock`` with its attention calls sent to ``site``, which they find in ``seat``.
 
     Raises:
         TypeError: if the stock processor does not call attention by a name we can redirect.
     """
     stock_class: Any = type(stock)
-    return bound_class(stock_class)(stock, site)
+    return bound_class(stock_class)(stock, site, seat)
 
 
-def rebind(stock: Any, site: Site) -> Callable[..., Any]:
-    """The stock ``__call__`` with its own globals, in which the attention functions lead to ``site``."""
+def rebind(stock: Any, seat: Seat, path: str) -> Callable[..., Any]:
+    """The stock ``__call__`` with its own globals, in which the attention functions lead to the site in ``seat``."""
     call = inspect.unwrap(type(stock).__call__)
     scope = dict(call.__globals__)
     names = set(call.__code__.co_names)
     if not names & {"dispatch_attention_fn", "scaled_dot_product_attention"}:
         raise TypeError(
-            f"{type(stock).__name__} at {site.info.path} calls neither dispatch_attention_fn nor "
+            f"{type(stock).__name__} at {path} calls neither dispatch_attention_fn nor "
             "F.scaled_dot_product_attention, so its attention cannot be redirected; restore the default processors"
         )
     scope.pop("__name__", None)  # with it, torch.compile would look names up in the real module
     if "dispatch_attention_fn" in scope:
-        scope["dispatch_attention_fn"] = _dispatch_to(site, scope["dispatch_attention_fn"])
+        scope["dispatch_attention_fn"] = _dispatch_to(seat, scope["dispatch_attention_fn"])
     if "F" in scope:
-        scope["F"] = _functional_for(site)
-    copy = types.FunctionType(call.__code__, scope, call.__name__, call.__defaults__, call.__closure__)
-    copy.__kwdefaults__ = call.__kwdefaults__
-    return copy
+        scope["F"] = _functional_for(seat)
+    rebound = types.FunctionType(call.__code__, scope, call.__name__, call.__defaults__, call.__closure__)
+    rebound.__kwdefaults__ = call.__kwdefaults__
+    return rebound
 
 
-def _dispatch_to(site: Site, stock_dispatch: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _dispatch_to(seat: Seat, stock_dispatch: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def dispatch(
         query: torch.Tensor,
         key: torch.Tensor,
@@ -98,8 +136,9 @@ def _dispatch_to(site: Site, stock_dispatch: Callable[..., torch.Tensor]) -> Cal
         enable_gqa: bool = False,
         **options: Any,
     ) -> torch.Tensor:
+        site = seat.site
         plain = attn_mask is None and not dropout_p and not is_causal and options.get("parallel_config") is None
-        if site.is_stock:
+        if site is None or site.is_stock:
             return stock_dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **options)
 
         def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -113,7 +152,7 @@ def _dispatch_to(site: Site, stock_dispatch: Callable[..., torch.Tensor]) -> Cal
     return dispatch
 
 
-def _functional_for(site: Site) -> types.ModuleType:
+def _functional_for(seat: Seat) -> types.ModuleType:
     """A copy of ``torch.nn.functional`` in which only the attention call differs."""
 
     def scaled_dot_product_attention(
@@ -131,7 +170,8 @@ def _functional_for(site: Site) -> types.ModuleType:
                 q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
 
-        if site.is_stock:
+        site = seat.site
+        if site is None or site.is_stock:
             return stock(query, key, value)
         plain = attn_mask is None and not dropout_p and not is_causal
         return site.attend(query, key, value, scale=scale, plain=plain, stock=stock)

@@ -15,7 +15,8 @@ from ..clock import StepClock, StepState
 from ..controls import AttentionControl, SiteInfo
 from ..families import Family, family_of
 from .blocks import BlockHook, BlockInfo, wrap_block
-from .interception import BoundProcessor, bind
+from .interception import BoundProcessor, Seat, bind
+from .permutation import PermutedStack, permuted_stack
 from .site import Site
 
 BeforeCall = Callable[["RootInstallation", StepState], None]
@@ -30,13 +31,13 @@ class RootInstallation:
         expert: attribute name of the root in its pipeline.
         clock: told of every call of the root.
         controls: attention controls.
-        block_hooks: hooks around every block.
+        block_hooks: hooks around every block; a token permutation among them acts on all of them together.
         before_call: runs before each call of the root, outside compiled code; prepares the sites.
         after_call: runs after it, also if it fails.
 
     Raises:
         UnknownModelError: if the family of the root is not registered.
-        ValueError: if no attention module was found, or none that a control chooses.
+        ValueError: if no attention module was found, or none that a control chooses, or a processor has weights.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class RootInstallation:
         self._signature = inspect.signature(type(root).forward)
         self._outside = False  # whether the clock is kept by the wrapper of compiled code, not by the hooks inside it
         self._undo: list[Callable[[], None]] = []
+        self._stack: PermutedStack | None = None
+        self._seat = Seat()
         if getattr(root, "_compiled_call_impl", None) is not None:
             raise ValueError(
                 f"{type(root).__name__} is compiled already; accelerate it first, then call its compile()"
@@ -71,6 +74,8 @@ class RootInstallation:
         """Takes everything off again, in reverse order; safe to call twice."""
         while self._undo:
             self._undo.pop()()
+        for site in self.sites.values():
+            site.forget()
 
     def replaced(self) -> list[str]:
         """Paths of sites where someone has since put another processor."""
@@ -83,6 +88,9 @@ class RootInstallation:
     def _install(self, block_hooks: tuple[BlockHook, ...]) -> None:
         for module, site in self.sites.items():
             self._bind(module, site)
+        self._stack, block_hooks = permuted_stack(block_hooks, self.root, self.family)
+        if self._stack is not None:
+            self._undo.append(self._stack.remove)
         if block_hooks:
             blocks = self._blocks()
             for index, (path, block) in enumerate(blocks):
@@ -145,7 +153,12 @@ class RootInstallation:
         stock = module.processor
         if isinstance(stock, BoundProcessor):
             raise ValueError(f"{site.info.path} is accelerated already; call remove() on its handle first")
-        bound = bind(stock, site)
+        if isinstance(stock, nn.Module):
+            raise ValueError(
+                f"{type(stock).__name__} at {site.info.path} has weights of its own (as IP-Adapters have), and "
+                "dit_accel cannot stand in its place; unload the adapter first"
+            )
+        bound = bind(stock, site, self._seat)
         module.processor = bound
 
         def undo() -> None:
@@ -160,15 +173,22 @@ class RootInstallation:
 
     def _on_return(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._outside:
-            self._after_call(self)
+            self._end()
 
     @torch.compiler.disable
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments: Mapping[str, Any] = self._signature.bind_partial(self.root, *args, **kwargs).arguments
         layout = self.family.layout(self.root, arguments)
+        if self._stack is not None:
+            layout = self._stack.begin(layout, next(self.root.parameters()).device)
         for site in self.sites.values():
             site.layout = self.family.site_layout(self.root, site.info.path, layout)
         self._before_call(self, self.clock.tick(self.expert, layout, arguments))
+
+    def _end(self) -> None:
+        if self._stack is not None:
+            self._stack.rest()
+        self._after_call(self)
 
     def _compile(self, *args: Any, **kwargs: Any) -> None:
         """As ``nn.Module.compile``, with the clock kept outside the compiled code."""
@@ -181,7 +201,7 @@ class RootInstallation:
                 return compiled(*call_args, **call_kwargs)
             finally:
                 self._outside = False
-                self._after_call(self)
+                self._end()
 
         self.root._compiled_call_impl = call
         self._undo.append(lambda: setattr(self.root, "_compiled_call_impl", None))

@@ -3,25 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..controls import AttentionCall, AttentionControl, SiteInfo
+from ..kernels.bitmap import Bitmap
+from ..kernels.search.plan import device_density
+from .permutation import plan_inside
 
 if TYPE_CHECKING:
     from ..clock import StepState
     from ..kernels.sparse_plan import SparsePlan
     from ..layout import TokenLayout
+    from ..processors.base import DynamicAttnProcessor, Memory
 
 Stock = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class KeptPlan:
+    """A plan found at one step, for those that follow.
+
+    Attributes:
+        layout: of the call that found it.
+        plan: what was found.
+        density: kept pairs over all pairs, a scalar on the plan's device; reading it waits for the device.
+        batch: batch size of that call; lists for one item would fit, and fail, any other.
+        memory: what the search remembered.
+        measure: of the latest call that followed the plan, a scalar on the device.
+    """
+
+    layout: TokenLayout
+    plan: SparsePlan
+    density: torch.Tensor
+    batch: int
+    memory: Memory = ()
+    measure: torch.Tensor | None = None
 
 
 class Site:
     """State of one attention module between :meth:`prepare`, which decides, and :meth:`attend`, which obeys.
 
-    The split keeps decisions out of compiled code, where only ``is_stock`` and the tensors of the plan are looked at,
-    never a layer or step number.
+    The split keeps decisions out of compiled code, where only ``is_stock``, whether there is a plan, and the tensors
+    of the plan are looked at, never a layer or step number.
 
     Args:
         info: where the module is.
@@ -35,20 +61,112 @@ class Site:
         self.active: tuple[AttentionControl, ...] = ()
         self.call: AttentionCall | None = None
         self.plan: SparsePlan | None = None
+        self.plan_batch = 0  # for which a kept plan was found
+        self.memory: Memory | None = None  # of the search that found it
+        self.search: DynamicAttnProcessor | None = None
+        self.setup: Any = None
+        self.found: SparsePlan | None = None  # by the search of the latest call
+        self.found_batch = 0
+        self.found_compiled = False
+        self.found_memory: Memory = ()
+        self.found_dense = False  # whether the call that searched ran dense itself
+        self.measured: torch.Tensor | None = None
         self.is_stock = True
         self.refusal: str | None = None
         self.backend = "auto"
+        self._kept: dict[str, KeptPlan] = {}  # by branch
+        self._generation = -1
+        self._set_up: tuple[TokenLayout, torch.device, Any] | None = None
 
-    def prepare(self, state: StepState, plan: SparsePlan | None) -> None:
-        """Sets what the next call does: sparse by ``plan``, or stock if it is None; and which controls act."""
+    def prepare(
+        self,
+        state: StepState,
+        plan: SparsePlan | None = None,
+        search: DynamicAttnProcessor | None = None,
+        device: torch.device | None = None,
+        renew: bool = False,
+    ) -> None:
+        """Sets what the next call does, and which controls act.
+
+        Args:
+            state: where in the generation the call stands.
+            plan: what to follow, for tokens in raster order; None with ``search`` also None means stock.
+            search: finds the plan of the call, unless it lets the site follow the one it kept.
+            device: where the call will run; for ``search``.
+            renew: whether it searches in any case.
+        """
+        layout = self.layout or state.layout
+        plan = None if plan is None else plan_inside(plan, layout.order)
+        self._drop_stale(state, layout)
+        self.search, self.found, self.measured, self.memory = search, None, None, None
+        self.found_dense = False
+        if search is not None and device is not None:
+            self.setup = self._setup_for(search, layout, device)
+            kept = self._kept.get(state.branch)
+            if kept is not None:
+                self.plan_batch, self.memory = kept.batch, kept.memory
+                if not (renew or search.renews(self.info, state)):
+                    plan = kept.plan
         self.plan = plan
         self.active = tuple(control for control in self.controls if control.acts_at(state))
-        self.call = AttentionCall(self.info, state, self.layout or state.layout) if self.active else None
-        self.is_stock = plan is None and not self.active
+        self.call = AttentionCall(self.info, state, layout) if self.active else None
+        self.is_stock = plan is None and search is None and not self.active
+
+    def settle(self, state: StepState) -> float | torch.Tensor | None:
+        """After a call: keeps the plan it found, and says how dense the plan was that it followed.
+
+        Returns:
+            kept pairs over all pairs; None if it followed none. A tensor is on the device, not yet read.
+        """
+        layout = self.layout or state.layout
+        if self.found is not None:
+            plan, memory = self.found, self.found_memory
+            if self.found_compiled:
+                plan, memory = _own(plan), tuple(part.clone() for part in memory)
+            self._kept[state.branch] = KeptPlan(layout, plan, device_density(plan), self.found_batch, memory)
+        elif self.measured is not None and (followed := self._kept.get(state.branch)) is not None:
+            self._kept[state.branch] = replace(followed, measure=self.measured.clone())
+        if self.search is None or self.refusal is not None:
+            return None if self.plan is None or self.refusal is not None else self.plan.density
+        kept = self._kept.get(state.branch) if self.found is not None or self.plan is not None else None
+        if state.steps is not None and state.step == state.steps - 1:
+            self._kept.pop(state.branch, None)  # nobody will follow it
+        return None if kept is None or self.found_dense else kept.density
+
+    def measure_of(self, state: StepState) -> torch.Tensor | None:
+        """What the latest call of the same branch measured, for the method to say whether to search anew."""
+        self._drop_stale(state, self.layout or state.layout)
+        kept = self._kept.get(state.branch)
+        return None if kept is None else kept.measure
+
+    @property
+    def is_unused(self) -> bool:
+        """After a call of the root, if :meth:`settle` gave None: whether the module was never called."""
+        return self.search is not None and self.refusal is None and not self.found_dense
 
     def rest(self) -> None:
         """Makes calls stock again until the next :meth:`prepare`, and lets go of the plan."""
-        self.plan, self.active, self.call, self.is_stock = None, (), None, True
+        self.plan, self.search, self.setup, self.found = None, None, None, None
+        self.memory, self.found_memory, self.measured = None, (), None
+        self.active, self.call, self.is_stock = (), None, True
+
+    def forget(self) -> None:
+        """Drops every plan that was kept."""
+        self._kept.clear()
+        self._set_up = None
+
+    def _drop_stale(self, state: StepState, layout: TokenLayout) -> None:
+        if state.generation != self._generation:
+            self._generation = state.generation
+            self._kept.clear()
+        kept = self._kept.get(state.branch)
+        if kept is not None and kept.layout != layout:
+            del self._kept[state.branch]
+
+    def _setup_for(self, search: DynamicAttnProcessor, layout: TokenLayout, device: torch.device) -> Any:
+        if self._set_up is None or self._set_up[:2] != (layout, device):
+            self._set_up = (layout, device, search.set_up(self.info, layout, device))
+        return self._set_up[2]
 
     def attend(
         self,
@@ -88,16 +206,43 @@ class Site:
         plain: bool,
         stock: Stock,
     ) -> torch.Tensor:
-        plan = self.plan
-        if plan is None:
+        if self.plan is None and self.search is None:
             return stock(query, key, value)
         refusal = self._refuses(query, key, plain)
         if refusal is not None:
             self.refusal = refusal
             return stock(query, key, value)
         from ..kernels.attend import attend
+        from ..kernels.residual import block_residual
 
-        return attend(query, key, value, plan, scale=scale, backend=self.backend)
+        plan = self._plan_for(query, key, scale)
+        if plan is None:
+            return stock(query, key, value)
+        residual = None
+        if self.search is not None and self.search.compensate:  # means of this call's keys, also for a kept plan
+            residual = block_residual(key, value, plan.block_kv, order=plan.order)
+        return attend(query, key, value, plan, residual=residual, scale=scale, backend=self.backend)
+
+    def _plan_for(self, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> SparsePlan | None:
+        """The plan set by :meth:`prepare`, or a new one if none fits; None: one was found, but run dense."""
+        plan, search = self.plan, self.search
+        batch = query.shape[0]
+        if search is None or (plan is not None and self.plan_batch == batch and plan.device == query.device):
+            assert plan is not None  # else the call would be stock
+            if search is not None and search.measures and self.memory is not None:
+                self.measured = search.measure(query, key, self.memory)
+            return plan
+        memory = self._memory_for(query, search)
+        found, self.found_memory = search.search(query, key, self.setup, memory, scale=scale)
+        self.found, self.found_batch, self.found_compiled = found, batch, torch.compiler.is_compiling()
+        self.found_dense = search.dense_first and memory is None
+        return None if self.found_dense else found
+
+    def _memory_for(self, query: torch.Tensor, search: DynamicAttnProcessor) -> Memory | None:
+        """What the site remembers of an earlier search, if the call looks like that one."""
+        if not (search.remembers or search.dense_first) or self.memory is None or self.plan_batch != query.shape[0]:
+            return None
+        return self.memory if all(part.device == query.device for part in self.memory) else None
 
     @staticmethod
     def _refuses(query: torch.Tensor, key: torch.Tensor, plain: bool) -> str | None:
@@ -111,3 +256,13 @@ class Site:
     def _call(self) -> AttentionCall:
         assert self.call is not None  # set by prepare whenever a control is active
         return self.call
+
+
+def _own(plan: SparsePlan) -> SparsePlan:
+    """The plan with lists of its own: compiled code that runs as CUDA graphs writes its next results over the last."""
+    counts = plan.counts.clone()
+    full_counts = counts if plan.full_counts is plan.counts else plan.full_counts.clone()
+    test = plan.pair_test
+    if isinstance(test, Bitmap):
+        test = replace(test, slots=test.slots.clone(), words=test.words.clone())
+    return replace(plan, indices=plan.indices.clone(), counts=counts, full_counts=full_counts, pair_test=test)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .neighborhood import neighborhood_plan
 from .policy import PlanPolicy
 from .radial import radial_plan
 from .simulate import pipeline_speedup, predicted_speedup
 
-__all__ = ["PlanPolicy", "pipeline_speedup", "predicted_speedup", "radial_plan"]
+__all__ = ["PlanPolicy", "neighborhood_plan", "pipeline_speedup", "predicted_speedup", "radial_plan"]

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
+from dit_accel.kernels.pair_tests import Band
+from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
 
 RULES = ("authors", "paper")
 MASKS = ("block", "element")
@@ -87,7 +88,7 @@ def radial_plan(
         kv_len=length,
         block_q=block,
         block_kv=block,
-        band=band if mask == "element" else None,
+        pair_test=band if mask == "element" else None,
         always_q=text,
         always_kv=(((0, frame_tokens),) if sink else ()) + text,
         method="radial",

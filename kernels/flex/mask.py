@@ -20,8 +20,8 @@ _FULL, _PARTIAL = 1, 2
 def plan_to_flex(plan: SparsePlan, *, backward: bool = True) -> BlockMask:
     """Writes a plan as FlexAttention's `BlockMask` (arXiv 2412.05496), full and partial blocks apart.
 
-    The mask function tests block membership as well as the band, so it alone defines the mask; FlexAttention without
-    torch.compile reads nothing else.  No host synchronisation.
+    The mask function tests block membership as well as the pair test, so it alone defines the mask; FlexAttention
+    without torch.compile reads nothing else.  No host synchronisation.
 
     Args:
         plan: Who attends to whom.
@@ -39,7 +39,7 @@ def plan_to_flex(plan: SparsePlan, *, backward: bool = True) -> BlockMask:
         raise RuntimeError(f"A plan cannot be converted: {problem}.")
     from torch.nn.attention.flex_attention import BlockMask
 
-    full = plan.counts if plan.band is None else plan.full_counts
+    full = plan.counts if plan.pair_test is None else plan.full_counts
     # The lists must be as wide as there are key blocks: FlexAttention takes the number of columns from them.
     listed = torch.nn.functional.pad(plan.indices, (0, plan.num_kv_blocks))[..., : plan.num_kv_blocks]
     slots = torch.arange(plan.num_kv_blocks, device=plan.device)
@@ -59,8 +59,8 @@ def plan_to_flex(plan: SparsePlan, *, backward: bool = True) -> BlockMask:
 def plan_from_flex(block_mask: BlockMask) -> SparsePlan:
     """Reads a plan off FlexAttention's `BlockMask`.
 
-    The band of a mask made by `plan_to_flex` is kept.  Otherwise the mask function is evaluated on the partial blocks,
-    one row of blocks at a time; blocks it leaves whole become full, blocks it empties are dropped.
+    The pair test of a mask made by `plan_to_flex` is kept.  Otherwise the mask function is evaluated on the partial
+    blocks, one row of blocks at a time; blocks it leaves whole become full, blocks it empties are dropped.
 
     Args:
         block_mask: Any block mask, for whatever batch and heads it was made.
@@ -81,9 +81,11 @@ def plan_from_flex(block_mask: BlockMask) -> SparsePlan:
         full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, cols)
     source = _source_plan(block_mask.mask_mod)
     if source is not None and _lists_partial_blocks_of(source, partial, (q_len, kv_len, block_q, block_kv)):
-        return plan_from_blocks(full | partial, partial=partial, band=source.band, method="flex", **sizes)
+        return plan_from_blocks(full | partial, partial=partial, pair_test=source.pair_test, method="flex", **sizes)
     keep, drop = _test_partial(block_mask.mask_mod, partial, **sizes)
-    refuse_cut_blocks(keep & drop, "Give the band to plan_from_blocks(band=), or keep FlexAttention for this mask")
+    refuse_cut_blocks(
+        keep & drop, "Give a pair test to plan_from_blocks(pair_test=), or keep FlexAttention for this mask"
+    )
     return plan_from_blocks(full | keep, method="flex", **sizes)
 
 
@@ -104,12 +106,12 @@ def _mask_function(plan: SparsePlan) -> Callable[[Tensor, Tensor, Tensor, Tensor
     kinds = plan.to_bool().to(torch.int8) * _PARTIAL
     kinds = torch.where(full, _FULL, kinds).to(torch.int8)
     batch_step, head_step = (int(size > 1) for size in kinds.shape[:2])
-    block_q, block_kv, band = plan.block_q, plan.block_kv, plan.band
+    block_q, block_kv, test = plan.block_q, plan.block_kv, plan.pair_test
 
     def kind(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return kinds[b * batch_step, h * head_step, q // block_q, kv // block_kv]
 
-    if band is None:
+    if test is None:
 
         def keeps_block(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return kind(b, h, q, kv) != 0
@@ -118,20 +120,20 @@ def _mask_function(plan: SparsePlan) -> Callable[[Tensor, Tensor, Tensor, Tensor
 
     def keeps_pair(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         found = kind(b, h, q, kv)
-        return (found == _FULL) | ((found == _PARTIAL) & band.keeps(q, kv))
+        return (found == _FULL) | ((found == _PARTIAL) & test.keeps_in(b, h, q, kv))
 
     keeps_pair.plan = plan  # type: ignore[attr-defined]
     return keeps_pair
 
 
 def _source_plan(mask_mod: Callable[..., Tensor]) -> SparsePlan | None:
-    """The banded plan behind a mask function of `plan_to_flex`; functools.wraps copies the mark, but not the sense."""
+    """The plan, with a pair test, behind a mask function of `plan_to_flex`; functools.wraps copies only the mark."""
     plan = None if hasattr(mask_mod, "__wrapped__") else getattr(mask_mod, "plan", None)
     return plan if isinstance(plan, SparsePlan) else None
 
 
 def _lists_partial_blocks_of(plan: SparsePlan, partial: Tensor, sizes: tuple[int, int, int, int]) -> bool:
-    """Whether the band alone decides inside all of `partial`: same blocks, and partial in `plan` as well."""
+    """Whether the pair test alone decides inside all of `partial`: same blocks, and partial in `plan` as well."""
     if sizes != (plan.q_len, plan.kv_len, plan.block_q, plan.block_kv):
         return False
     cut = plan.to_bool() & ~plan.to_bool(full_only=True)
@@ -192,5 +194,5 @@ def refuse_cut_blocks(cut: Tensor, advice: str) -> None:
         b, h, row, col = places[0].tolist()
         raise ValueError(
             f"{len(places)} blocks are kept in part, the first one in batch {b}, head {h}, query block {row}, key "
-            f"block {col}; a plan keeps or drops whole blocks unless a band cuts them. {advice}."
+            f"block {col}; a plan keeps or drops whole blocks unless a pair test cuts them. {advice}."
         )

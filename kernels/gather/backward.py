@@ -97,15 +97,15 @@ def _joined(grad: Tensor, like: Tensor) -> Tensor:
 def _stacks(plan: SparsePlan, batch: int, heads: int) -> Iterator[_Stack]:
     counts = plan.counts.expand(batch, heads, -1).reshape(-1)
     whole = counts
-    if plan.band is not None:
+    if plan.pair_test is not None:
         full = plan.full_counts.expand(batch, heads, -1).reshape(-1)
         whole = torch.where(full == counts, counts, 0)
     indices = plan.indices.expand(batch, heads, -1, -1).reshape(counts.numel(), -1)
     for count in whole.unique().tolist():
         if count:
             yield from _whole_stacks((whole == count).nonzero()[:, 0], count, indices, plan)
-    if plan.band is not None:
-        yield from _banded_stacks(plan, batch, heads)
+    if plan.pair_test is not None:
+        yield from _cut_stacks(plan, batch, heads)
 
 
 def _whole_stacks(members: Tensor, count: int, indices: Tensor, plan: SparsePlan) -> Iterator[_Stack]:
@@ -118,14 +118,14 @@ def _whole_stacks(members: Tensor, count: int, indices: Tensor, plan: SparsePlan
         yield _Stack(rows, listed + owner[:, None] * plan.num_kv_blocks, hidden)
 
 
-def _banded_stacks(plan: SparsePlan, batch: int, heads: int) -> Iterator[_Stack]:
+def _cut_stacks(plan: SparsePlan, batch: int, heads: int) -> Iterator[_Stack]:
     """Rows with PARTIAL blocks.  A mask is built once per plan row and used by all heads that share it."""
     plan_batch, plan_heads = plan.counts.shape[:2]
     grid = torch.arange(batch * heads, device=plan.device).view(batch, heads)
     for b, h, row in (plan.full_counts < plan.counts).nonzero().tolist():
         count, full = int(plan.counts[b, h, row]), int(plan.full_counts[b, h, row])
         listed = plan.indices[b, h, row, :count].long()
-        hidden = ~_row_mask(plan, row, listed, full)
+        hidden = ~_row_mask(plan, (b, h, row), listed, full)
         owners = grid if plan_batch == 1 else grid[b : b + 1]
         owners = owners if plan_heads == 1 else owners[:, h : h + 1]
         for some in owners.reshape(-1).split(_rows_per_stack(count, plan)):

@@ -58,12 +58,12 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: f
         lse=torch.empty(batch * heads * rows, plan.block_q, dtype=torch.float32, device=q.device),
     )
     counts = plan.counts.expand(batch, heads, rows)
-    listed_full = counts if plan.band is None else plan.full_counts.expand(batch, heads, rows)
+    listed_full = counts if plan.pair_test is None else plan.full_counts.expand(batch, heads, rows)
     empty, whole = counts == 0, (counts > 0) & (listed_full == counts)
     _fill_empty(empty.reshape(-1), data)
     _attend_whole_rows(whole, counts, data, plan, scale)
-    if plan.band is not None:
-        _attend_banded_rows(data, plan, scale, batch, heads)
+    if plan.pair_test is not None:
+        _attend_cut_rows(data, plan, scale, batch, heads)
     out = data.out.view(batch, heads, rows * plan.block_q, dim)[:, :, : plan.q_len]
     lse = data.lse.view(batch, heads, rows * plan.block_q)[:, :, : plan.q_len]
     return out.contiguous(), lse.contiguous()
@@ -127,7 +127,7 @@ def _attend_group(
         data.lse.index_copy_(0, rows, lse)
 
 
-def _attend_banded_rows(data: _Blocked, plan: SparsePlan, scale: float, batch: int, heads: int) -> None:
+def _attend_cut_rows(data: _Blocked, plan: SparsePlan, scale: float, batch: int, heads: int) -> None:
     """Handles the rows with PARTIAL blocks.  A mask is built once per plan row and used by all heads that share it."""
     plan_batch, plan_heads = plan.counts.shape[:2]
     mixed = (plan.full_counts < plan.counts).nonzero()
@@ -138,18 +138,24 @@ def _attend_banded_rows(data: _Blocked, plan: SparsePlan, scale: float, batch: i
         owners = grid if plan_batch == 1 else grid[b : b + 1]
         owners = owners if plan_heads == 1 else owners[:, h : h + 1]
         blocks = plan.indices[b, h, row, :count].long()
-        keep = _row_mask(plan, row, blocks, whole)
+        keep = _row_mask(plan, (b, h, row), blocks, whole)
         _attend_masked(owners.reshape(-1), row, blocks, keep, data, plan, scale)
 
 
-def _row_mask(plan: SparsePlan, row: int, blocks: Tensor, whole: int) -> Tensor:
-    """Mask `[block_q, count * block_kv]`: length everywhere, the band behind the first `whole` blocks."""
+def _row_mask(plan: SparsePlan, place: tuple[int, int, int], blocks: Tensor, whole: int) -> Tensor:
+    """Mask `[block_q, count * block_kv]` of row `place` (batch, head, row) of the plan, which lists `blocks`.
+
+    Cut at the end of the keys everywhere, and by the pair test behind the first `whole` blocks.
+    """
     kv = (blocks[:, None] * plan.block_kv + torch.arange(plan.block_kv, device=blocks.device)).reshape(-1)
     keep = (kv < plan.kv_len).repeat(plan.block_q, 1)
-    if plan.band is not None:
+    if plan.pair_test is not None:
+        batch, head, row = place
         q = torch.arange(row * plan.block_q, (row + 1) * plan.block_q, device=blocks.device)
         tested = slice(whole * plan.block_kv, None)
-        keep[:, tested] &= plan.band.keeps(q[:, None], kv[None, tested])
+        # Tests look things up by position, so they are never asked about tokens that do not exist.
+        known_q, known_kv = q.clamp(max=plan.q_len - 1), kv[tested].clamp(max=plan.kv_len - 1)
+        keep[:, tested] &= plan.pair_test.keeps_in(batch, head, known_q[:, None], known_kv[None])
     return keep
 
 

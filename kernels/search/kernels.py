@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_kernels.generation import capability_of
+
 _LOG2_E = 1.4426950408889634
 
 
@@ -92,10 +94,9 @@ def row_lse_kernel(
             q, K, step * TILE_N, k_stride_s, kv_len, n_offsets, dims, scale_log2, HEAD_DIM, False, PRECISION
         )
         top, total = _fold(scores, top, total)
-    if whole * TILE_N < kv_len:
-        scores = _tile_scores(
-            q, K, whole * TILE_N, k_stride_s, kv_len, n_offsets, dims, scale_log2, HEAD_DIM, True, PRECISION
-        )
+    # At most one turn; as an `if` the float32 kernel spills 224 bytes.
+    for start in tl.range(whole * TILE_N, kv_len, TILE_N, num_stages=1):
+        scores = _tile_scores(q, K, start, k_stride_s, kv_len, n_offsets, dims, scale_log2, HEAD_DIM, True, PRECISION)
         top, total = _fold(scores, top, total)
     positions = start_m + m_offsets
     tl.store(Lse + positions, (top + tl.math.log2(total)) * 0.6931471805599453, mask=positions < q_len)
@@ -213,8 +214,21 @@ class SearchConfig:
     stages: int
 
 
+# Tiles by (padded head dim, bytes per element); without an output to accumulate there is room for larger ones than in
+# attention, on every generation.  None spills but float32 at head dim 256, there to be right rather than fast: a tile
+# of queries split for three TF32 products fills the registers by itself (144 bytes per thread on sm_80).
+_TILES = {
+    (64, 2): SearchConfig(128, 64, 8, 2),
+    (128, 2): SearchConfig(128, 64, 8, 2),
+    (256, 2): SearchConfig(64, 64, 8, 2),
+    (64, 4): SearchConfig(64, 32, 8, 2),
+    (128, 4): SearchConfig(64, 16, 8, 1),
+    (256, 4): SearchConfig(16, 16, 8, 1),
+}
+
+
 def search_config(itemsize: int, head_dim: int, block_q: int, block_kv: int) -> SearchConfig:
-    """Picks tiles that divide the blocks; 16-bit ones are checked offline to compile without register spills.
+    """Picks tiles that divide the blocks; checked offline to compile without register spills.
 
     Args:
         itemsize: Bytes per element of q and k.
@@ -225,33 +239,25 @@ def search_config(itemsize: int, head_dim: int, block_q: int, block_kv: int) -> 
     Returns:
         The configuration.
     """
-    # Without an output to accumulate there is room for larger tiles than in attention.
-    if itemsize == 4:
-        config = _float32_config(head_dim)
-    elif head_dim > 128:
-        config = SearchConfig(64, 64, 8, 2)
-    else:
-        config = SearchConfig(128, 64, 8, 2) if block_q % 128 == 0 else SearchConfig(64, 64, 4, 2)
+    config = _TILES[max(64, triton.next_power_of_2(head_dim)), itemsize]
+    if config.tile_m == 128 and block_q % 128:
+        config = SearchConfig(64, 64, 4, 2)
     tile_m, tile_n = min(config.tile_m, block_q & -block_q), min(config.tile_n, block_kv & -block_kv)
     return SearchConfig(tile_m, tile_n, config.warps, config.stages)
 
 
-def _float32_config(head_dim: int) -> SearchConfig:
-    """There to be right rather than fast: three products per score want many registers."""
-    if head_dim <= 64:
-        return SearchConfig(64, 32, 8, 2)
-    return SearchConfig(64, 16, 8, 1) if head_dim <= 128 else SearchConfig(16, 16, 4, 1)
-
-
-def score_constants(config: SearchConfig, head_dim: int, float32: bool) -> dict[str, int | str]:
+def score_constants(
+    config: SearchConfig, head_dim: int, float32: bool, capability: tuple[int, int] | None
+) -> dict[str, int | str]:
     """The compile-time arguments that both score kernels share."""
     return {
         "HEAD_DIM": head_dim,
         "PAD_DIM": max(16, triton.next_power_of_2(head_dim)),
         "TILE_M": config.tile_m,
         "TILE_N": config.tile_n,
-        # Three TF32 products stand in for a float32 one: exact to about 1e-6, on the tensor cores.
-        "PRECISION": "tf32x3" if float32 else "ieee",
+        # Three TF32 products stand in for a float32 one: exact to about 1e-6, on the tensor cores.  Triton has none
+        # for AMD, whose matrix cores multiply float32 themselves.
+        "PRECISION": "tf32x3" if float32 and capability is not None else "ieee",
         "STAGES": config.stages,
     }
 
@@ -291,7 +297,7 @@ def triton_row_lse(q: Tensor, k: Tensor, block_q: int, block_kv: int, scale: flo
         heads,
         q_len,
         k.shape[1],
-        **score_constants(config, head_dim, q.dtype == torch.float32),
+        **score_constants(config, head_dim, q.dtype == torch.float32, capability_of(q.device)),
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -332,7 +338,7 @@ def triton_block_mass(q: Tensor, k: Tensor, lse: Tensor, block_q: int, block_kv:
         k.shape[1],
         cols,
         BLOCK_KV=block_kv,
-        **score_constants(config, head_dim, q.dtype == torch.float32),
+        **score_constants(config, head_dim, q.dtype == torch.float32, capability_of(q.device)),
         num_warps=config.warps,
         num_stages=config.stages,
     )

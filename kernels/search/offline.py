@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from ..triton_kernels.offline import KernelReport, _report
+from ..triton_kernels.offline import ITEMSIZE, KernelReport, compile_kernel
 from . import kernels
 
 SEARCH_KERNELS = ("row_lse", "block_mass", "block_means")
 
-_ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
-
 
 def compile_search(
     kernel: str,
-    capability: tuple[int, int],
+    capability: tuple[int, int] | None,
     *,
     dtype: str = "bf16",
     head_dim: int = 128,
@@ -30,7 +23,7 @@ def compile_search(
 
     Args:
         kernel: One of `SEARCH_KERNELS`.
-        capability: CUDA compute capability, such as (9, 0).
+        capability: CUDA compute capability, such as (9, 0), or None for AMD's gfx942.
         dtype: "fp16", "bf16" or "fp32".
         head_dim: Head dimension.
         block_q: Queries per block.
@@ -46,33 +39,13 @@ def compile_search(
     if kernel not in SEARCH_KERNELS:
         raise ValueError(f"Unknown search kernel {kernel!r}. Choose one of {', '.join(SEARCH_KERNELS)}.")
     function = getattr(kernels, f"{kernel}_kernel")
-    if not isinstance(function, triton.JITFunction):
-        raise RuntimeError("Kernels are interpreted, so there is nothing to compile. Unset TRITON_INTERPRET.")
     constants: dict[str, Any]
     if kernel == "block_means":
-        constants, options = dict(kernels.means_constants(head_dim)), {}
-    else:
-        config = kernels.search_config(_ITEMSIZE[dtype], head_dim, block_q, block_kv)
-        constants = dict(kernels.score_constants(config, head_dim, dtype == "fp32"))
-        options = {"num_warps": config.warps, "num_stages": config.stages}
+        constants = dict(kernels.means_constants(head_dim))
+        # Triton's own defaults, which the launch leaves alone; the kernel has no loop to pipeline.
+        return compile_kernel(function, capability, dtype, constants, warps=4, stages=2)
+    config = kernels.search_config(ITEMSIZE[dtype], head_dim, block_q, block_kv)
+    constants = dict(kernels.score_constants(config, head_dim, dtype == "fp32", capability))
     if kernel == "block_mass":
         constants["BLOCK_KV"] = block_kv
-    names = function.arg_names
-    signature = {name: _argument_type(name, dtype, constants) for name in names}
-    # What a launch would find: aligned pointers, and token strides that are multiples of 16.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if _is_aligned(name, signature)}
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    return _report(triton.compile(source, target=target, options=options))
-
-
-def _argument_type(name: str, dtype: str, constants: dict[str, Any]) -> str:
-    if name in constants:
-        return "constexpr"
-    if name in ("Q", "K", "X"):
-        return f"*{dtype}"
-    return "*fp32" if name in ("Lse", "Mass", "Means") else "fp32" if name == "scale_log2" else "i32"
-
-
-def _is_aligned(name: str, signature: dict[str, str]) -> bool:
-    return signature[name].startswith("*") or bool(re.fullmatch(r"([qk]_)?stride_[bhs]", name))
+    return compile_kernel(function, capability, dtype, constants, config.warps, config.stages)

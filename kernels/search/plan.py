@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from ..bitmap import Bitmap
+from ..pair_tests import block_area
 from ..sparse_plan import PlanStats, SparsePlan, plan_from_blocks
+from ..support import Support
 from .always import Ranges, always_blocks
+from .gaussian import Variance, select_gaussian
 from .inputs import check_search, search_backend, tokens_per_block
 from .mass import block_mass
+from .ops import compiled_lists
 from .pooled import pooled_scores, sub_block_scores
 from .select import row_lists, select_threshold, select_topk, select_topp
 
 Score = Literal["mass", "pooled", "lse"]
-Keep = Literal["topk", "topp", "threshold"]
+Keep = Literal["topk", "topp", "threshold", "gaussian"]
 
 
 def dynamic_plan(
@@ -33,6 +39,7 @@ def dynamic_plan(
     always_kv: Ranges = (),
     minimum: int = 1,
     stride: int | None = None,
+    variance: Variance | None = None,
     scale: float | None = None,
     lse: Tensor | None = None,
     backend: str = "auto",
@@ -50,15 +57,18 @@ def dynamic_plan(
         score: What a block is judged by: "mass", its exact softmax mass (`block_mass`, at least half the cost of dense
             attention); "pooled", its mean query and key (`pooled_scores`); "lse", means of its sub-blocks
             (`sub_block_scores`).  Each estimates the share of the row's mass that the block holds.
-        keep: "topk", "topp" or "threshold"; `search_select` defines them.
+        keep: "topk", "topp" or "threshold", which `select.py` defines, or "gaussian", Sol-Attn's rule
+            (`select_gaussian`), which scores by means itself.
         amount: For "topk" blocks per row (int) or the part of all blocks (float, 0 to 1, rounded up); for "topp" the
-            part of a row's mass to keep; for "threshold" the lowest share of the row's mass, 0 to 1.  A tensor that
-            broadcasts to `[B, H, rows]` sets it per head or row; for "topk" an integer one.
+            part of a row's mass to keep; for "threshold" the lowest share of the row's mass, 0 to 1; for "gaussian"
+            tau, standard deviations above the row's mean score (1, 1.5 and 2 keep about 16, 7 and 2.3 % of Gaussian
+            scores).  A tensor that broadcasts to `[B, H, rows]` sets it per head or row; for "topk" an integer one.
         always: bool, broadcasts to `[B, H, rows, cols]`: blocks to keep in any case.
         always_q: Query ranges `(start, stop)` that see everything, such as text.
         always_kv: Key ranges that everyone sees.
         minimum: Blocks that a row keeps at least.
         stride: Tokens per sub-block for "lse"; a quarter of a block by default where that is whole.
+        variance: How "gaussian" estimates the spread of a row's scores, "diag" (the default) or "exact".
         scale: Positive factor on the scores; `D ** -0.5` by default.
         lse: Cached log-sum-exp `[B, H, q_len]` for "mass".
         backend: "auto", "torch" or "triton"; `plan.stats.details` says which one ran and why.
@@ -70,19 +80,23 @@ def dynamic_plan(
         ValueError: Arguments do not fit together, or the named backend cannot run the call.
     """
     check_search(q, k, block_q, block_kv)
-    _check_choices(score, keep, stride, lse)
-    # Only the mass kernel walks blocks in tiles; means do not care how long a block is.
-    tiles = {"block_q": block_q, "block_kv": block_kv} if score == "mass" else {}
-    support = search_backend(backend, q, k, **tiles)
+    _check_choices(score, keep, stride, variance, lse)
     if score == "lse" and stride is None:
         stride = default_stride(block_q, block_kv)
-    scores = _scores(q, k, block_q, block_kv, score, stride, scale, lse, support.backend)
-    forced = _always(q, k, block_q, block_kv, always, always_q, always_kv)
-    kept, capacity = _select(scores, score, keep, amount, forced, minimum)
-    indices, counts = row_lists(kept, capacity=capacity)
+    if keep == "gaussian":
+        variance = variance or "diag"
+    ranges = (always, always_q, always_kv)
+    rest: Any = (minimum, stride, variance, scale, lse, backend)
+    if torch.compiler.is_compiling():
+        forced = any(r is not None and len(r) for r in ranges)
+        width = _width(-(-k.shape[1] // block_kv), keep, amount, minimum, forced)
+        indices, counts = compiled_lists(q, k, block_q, block_kv, score, keep, amount, *ranges, *rest, width)
+        support = Support(backend, True, "compiled; settled when it runs")
+    else:
+        indices, counts, support = _find(q, k, block_q, block_kv, score, keep, amount, *ranges, *rest)
     given = f"tensor {tuple(amount.shape)}" if isinstance(amount, Tensor) else amount
     details = {"score": score, "keep": keep, "amount": given, "minimum": minimum, "stride": stride}
-    details |= {"backend": support.backend, "reason": support.reason}
+    details |= {"variance": variance, "backend": support.backend, "reason": support.reason}
     return SparsePlan(
         q_len=q.shape[1],
         kv_len=k.shape[1],
@@ -95,6 +109,49 @@ def dynamic_plan(
         always_q=tuple((int(a), int(b)) for a, b in always_q),
         always_kv=tuple((int(a), int(b)) for a, b in always_kv),
     )
+
+
+def _find(
+    q: Tensor,
+    k: Tensor,
+    block_q: int,
+    block_kv: int,
+    score: Score,
+    keep: Keep,
+    amount: float | Tensor,
+    always: Tensor | None,
+    always_q: Ranges,
+    always_kv: Ranges,
+    minimum: int,
+    stride: int | None,
+    variance: Variance | None,
+    scale: float | None,
+    lse: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Support]:
+    """Scores, selects and lists; returns indices and counts of the plan, and who took the scores."""
+    # Only the mass kernel walks blocks in tiles; means do not care how long a block is.
+    tiles = {"block_q": block_q, "block_kv": block_kv} if score == "mass" else {}
+    support = search_backend(backend, q, k, **tiles)
+    forced = _always(q, k, block_q, block_kv, always, always_q, always_kv)
+    if keep == "gaussian":
+        kept = select_gaussian(
+            q,
+            k,
+            amount,
+            block_q=block_q,
+            block_kv=block_kv,
+            variance=variance or "diag",
+            scale=scale,
+            always=forced,
+            minimum=minimum,
+            backend=support.backend,
+        )
+    else:
+        scores = _scores(q, k, block_q, block_kv, score, stride, scale, lse, support.backend)
+        kept = _select(scores, score, keep, amount, forced, minimum)
+    width = _width(kept.shape[-1], keep, amount, minimum, forced is not None)
+    return *row_lists(kept, capacity=width), support
 
 
 def count_density(plan: SparsePlan) -> SparsePlan:
@@ -113,11 +170,40 @@ def count_density(plan: SparsePlan) -> SparsePlan:
         kv_len=plan.kv_len,
         block_q=plan.block_q,
         block_kv=plan.block_kv,
-        partial=None if plan.band is None else blocks & ~plan.to_bool(full_only=True),
-        band=plan.band,
+        partial=None if plan.pair_test is None else blocks & ~plan.to_bool(full_only=True),
+        pair_test=plan.pair_test,
     ).stats
     stats = replace(plan.stats, density=counted.density, density_per_head=counted.density_per_head)
     return replace(plan, stats=stats)
+
+
+def device_density(plan: SparsePlan) -> Tensor:
+    """Counts the density of a plan without waiting for the device; only pair tests other than `Bitmap` make it wait.
+
+    Args:
+        plan: Any plan.
+
+    Returns:
+        Kept pairs over all pairs, a float32 scalar on the device of the plan.
+    """
+    if isinstance(plan.pair_test, Bitmap):
+        return _bitmap_density(plan, plan.pair_test)
+    if plan.pair_test is not None:
+        return torch.tensor(count_density(plan).density, device=plan.device)
+    slots = torch.arange(plan.indices.shape[-1], device=plan.device)
+    ends_row = (plan.indices == plan.num_kv_blocks - 1) & (slots < plan.counts[..., None])
+    missing = plan.num_kv_blocks * plan.block_kv - plan.kv_len  # of the last block of keys
+    keys = plan.counts.long() * plan.block_kv - ends_row.any(-1) * missing
+    queries = (plan.q_len - torch.arange(plan.num_q_blocks, device=plan.device) * plan.block_q).clamp(max=plan.block_q)
+    lists = plan.counts.shape[0] * plan.counts.shape[1]
+    return (keys * queries).sum().float() / (lists * plan.q_len * plan.kv_len)
+
+
+def _bitmap_density(plan: SparsePlan, bits: Bitmap) -> Tensor:
+    sizes = (plan.q_len, plan.kv_len, plan.block_q, plan.block_kv)
+    pairs = torch.where(plan.to_bool(), bits.pairs_per_block(*sizes), 0)
+    kept = torch.where(plan.to_bool(full_only=True), block_area(*sizes, plan.device), pairs)
+    return kept.double().mean((0, 1)).sum().float() / (plan.q_len * plan.kv_len)
 
 
 def default_stride(block_q: int, block_kv: int) -> int:
@@ -160,18 +246,22 @@ def _always(
 
 def _select(
     scores: Tensor, score: Score, keep: Keep, amount: float | Tensor, always: Tensor | None, minimum: int
-) -> tuple[Tensor, int]:
-    """Applies the rule; returns the kept blocks and the greatest number that a row can keep."""
+) -> Tensor:
+    """Applies the rule."""
     cols = scores.shape[-1]
     if keep == "topk":
-        count = _block_count(amount, cols)
-        kept = select_topk(scores, count, always=always, minimum=minimum)
-        bounded = always is None and not isinstance(count, Tensor)
-        return kept, min(cols, max(1, minimum, int(count))) if bounded else cols
+        return select_topk(scores, _block_count(amount, cols), always=always, minimum=minimum)
     # Ranks need no exponential, in which small scores would become equal; shares do.
     shares = scores / scores.sum(-1, keepdim=True).clamp(min=1e-30) if score == "mass" else scores.softmax(-1)
     select = select_topp if keep == "topp" else select_threshold
-    return select(shares, amount, always=always, minimum=minimum), cols
+    return select(shares, amount, always=always, minimum=minimum)
+
+
+def _width(cols: int, keep: Keep, amount: float | Tensor, minimum: int, has_always: bool) -> int:
+    """The greatest number of blocks that a row can keep, as far as shapes tell."""
+    if keep != "topk" or has_always or isinstance(amount, Tensor):
+        return cols
+    return min(cols, max(1, minimum, int(_block_count(amount, cols))))
 
 
 def _block_count(amount: float | Tensor, cols: int) -> int | Tensor:
@@ -186,11 +276,15 @@ def _block_count(amount: float | Tensor, cols: int) -> int | Tensor:
     return math.ceil(amount * cols - 1e-9)
 
 
-def _check_choices(score: str, keep: str, stride: int | None, lse: Tensor | None) -> None:
+def _check_choices(score: str, keep: str, stride: int | None, variance: str | None, lse: Tensor | None) -> None:
     if score not in ("mass", "pooled", "lse"):
         raise ValueError(f"Unknown score {score!r}. Choose 'mass', 'pooled' or 'lse'.")
-    if keep not in ("topk", "topp", "threshold"):
-        raise ValueError(f"Unknown rule keep={keep!r}. Choose 'topk', 'topp' or 'threshold'.")
+    if keep not in ("topk", "topp", "threshold", "gaussian"):
+        raise ValueError(f"Unknown rule keep={keep!r}. Choose 'topk', 'topp', 'threshold' or 'gaussian'.")
+    if keep == "gaussian" and score != "pooled":
+        raise ValueError(f"keep='gaussian' is a rule for score='pooled', got {score!r}. Leave score out.")
+    if variance is not None and keep != "gaussian":
+        raise ValueError(f"variance belongs to keep='gaussian', not to {keep!r}. Leave it out.")
     if stride is not None and score != "lse":
         raise ValueError(f"stride belongs to score='lse', not to {score!r}. Leave it out.")
     if lse is not None and score != "mass":

@@ -37,6 +37,19 @@ def block_means(x: Tensor, block: int, *, backend: str = "auto") -> Tensor:
         from .kernels import triton_block_means
 
         return triton_block_means(x, block)
+    return differentiable_means(x, block)
+
+
+def differentiable_means(x: Tensor, block: int) -> Tensor:
+    """Averages the real tokens of each block in float32, with torch's own operators.
+
+    Args:
+        x: `[B, S, H, D]`, float32, float16 or bfloat16, any strides.
+        block: Tokens per block; the last block may be short.
+
+    Returns:
+        float32 `[B, H, ceil(S / block), D]`.
+    """
     whole = x.shape[1] // block
     parts = []
     if whole:

@@ -23,8 +23,10 @@ from ..backward import BackwardInputs, Gradients
 from ..invert import invert_lists
 from ..sparse_plan import SparsePlan
 from .backward_config import DELTA_TILE, BackwardConfig, backward_config, backward_constants, delta_constants
-from .forward import _band_keeps, _load_rows
+from .forward import _load_rows
 from .forward_config import forward_precision
+from .generation import capability_of
+from .pair_tests import NO_TEST, pair_keeps, predicate, test_arguments
 
 _LOG2_E = 1.4426950408889634
 
@@ -85,7 +87,8 @@ def dq_kernel(
     Indices,
     Counts,
     FullCounts,
-    Widths,
+    Table,
+    Lookup,
     scale,
     scale_log2,
     q_stride_b,
@@ -108,10 +111,12 @@ def dq_kernel(
     heads,
     q_len,
     kv_len,
-    frames,
-    frame_tokens,
-    video_len,
-    sink_tokens,
+    n0,
+    n1,
+    n2,
+    n3,
+    n4,
+    n5,
     HEAD_DIM: tl.constexpr,
     PAD_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -120,7 +125,7 @@ def dq_kernel(
     TILE_N: tl.constexpr,
     MASKED_TILE: tl.constexpr,
     SHORT_TAIL: tl.constexpr,
-    BANDED: tl.constexpr,
+    PREDICATE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -138,7 +143,7 @@ def dq_kernel(
     listed = tl.load(Counts + counts_at)
     blocks = Indices + batch * list_stride_b + head * list_stride_h + row.to(tl.int64) * list_stride_row
     full = listed
-    if BANDED:
+    if PREDICATE != NO_TEST:
         full = tl.load(FullCounts + counts_at)
     plain = full
     if SHORT_TAIL:
@@ -176,7 +181,7 @@ def dq_kernel(
         grad_scores = (weights * (grad_weights - delta[:, None])).to(k.dtype)
         acc = tl.dot(grad_scores, k, acc, input_precision=PRECISION)
 
-    if SHORT_TAIL or BANDED:
+    if SHORT_TAIL or PREDICATE != NO_TEST:
         # The mask needs registers too, so this loop takes narrower steps.
         MASKED_STEPS: tl.constexpr = BLOCK_KV // MASKED_TILE
         masked_offsets = tl.arange(0, MASKED_TILE)
@@ -187,9 +192,29 @@ def dq_kernel(
             v = _load_rows(V, start, v_stride_s, kv_len, masked_offsets, dims, HEAD_DIM, True)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
             keep = (kv_pos < kv_len)[None, :]
-            if BANDED:
-                band = _band_keeps(q_pos, kv_pos, Widths, frames, frame_tokens, video_len, sink_tokens)
-                keep = keep & (band | (step < full * MASKED_STEPS))
+            if PREDICATE != NO_TEST:
+                kept = pair_keeps(
+                    first,
+                    q_pos[:, None],
+                    start,
+                    kv_pos[None, :],
+                    batch,
+                    head,
+                    Table,
+                    Lookup,
+                    n0,
+                    n1,
+                    n2,
+                    n3,
+                    n4,
+                    n5,
+                    q_len,
+                    kv_len,
+                    BLOCK_Q,
+                    BLOCK_KV,
+                    PREDICATE,
+                )
+                keep = keep & (kept | (step < full * MASKED_STEPS))
             # Masked after the exponential: a query without keys has lse -inf, and its exponentials are infinite.
             weights = tl.where(keep, tl.math.exp2(scores - lse[:, None]), 0.0)
             grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -213,7 +238,8 @@ def dkv_kernel(
     Delta,
     Rows,
     Bounds,
-    Widths,
+    Table,
+    Lookup,
     scale,
     scale_log2,
     q_stride_b,
@@ -235,10 +261,12 @@ def dkv_kernel(
     heads,
     q_len,
     kv_len,
-    frames,
-    frame_tokens,
-    video_len,
-    sink_tokens,
+    n0,
+    n1,
+    n2,
+    n3,
+    n4,
+    n5,
     HEAD_DIM: tl.constexpr,
     PAD_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -247,7 +275,7 @@ def dkv_kernel(
     TILE_N: tl.constexpr,
     MASKED_TILE: tl.constexpr,
     SHORT_TAIL: tl.constexpr,
-    BANDED: tl.constexpr,
+    PREDICATE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -298,7 +326,7 @@ def dkv_kernel(
         grad_scores = (weights * (grad_weights - delta[None, :])).to(q.dtype)
         acc_k = tl.dot(grad_scores, q, acc_k, input_precision=PRECISION)
 
-    if BANDED:
+    if PREDICATE != NO_TEST:
         # The mask needs registers too, so this loop takes narrower steps.
         last = tl.load(bounds + 2)
         MASKED_STEPS: tl.constexpr = BLOCK_Q // MASKED_TILE
@@ -308,8 +336,26 @@ def dkv_kernel(
             q = _load_rows(Q, start, q_stride_s, q_len, masked_offsets, dims, HEAD_DIM, True)
             lse = _load_queries(Lse, start, masked_offsets, q_len, float("inf"), True) * 1.4426950408889634
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
-            keep = _band_keeps_transposed(
-                kv_pos, start + masked_offsets, Widths, frames, frame_tokens, video_len, sink_tokens
+            keep = pair_keeps(
+                start,
+                (start + masked_offsets)[None, :],
+                first,
+                kv_pos[:, None],
+                batch,
+                head,
+                Table,
+                Lookup,
+                n0,
+                n1,
+                n2,
+                n3,
+                n4,
+                n5,
+                q_len,
+                kv_len,
+                BLOCK_Q,
+                BLOCK_KV,
+                PREDICATE,
             )
             weights = tl.where(keep, tl.math.exp2(scores - lse[None, :]), 0.0)
             grad = _load_rows(Grad, start, grad_stride_s, q_len, masked_offsets, dims, HEAD_DIM, True)
@@ -323,15 +369,6 @@ def dkv_kernel(
     inside = (kv_pos < kv_len)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(GradK + at, (acc_k * scale).to(GradK.dtype.element_ty), mask=inside)
     tl.store(GradV + at, acc_v.to(GradV.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _band_keeps_transposed(kv_pos, q_pos, widths, frames, frame_tokens, video_len, sink_tokens):
-    """`Band.keeps` for a tile of keys (down) and queries (across)."""
-    distance = tl.minimum(tl.abs((kv_pos // frame_tokens)[:, None] - (q_pos // frame_tokens)[None, :]), frames - 1)
-    offset = tl.abs((kv_pos % frame_tokens)[:, None] - (q_pos % frame_tokens)[None, :])
-    free_kv = (kv_pos >= video_len) | (kv_pos < sink_tokens)
-    return (offset <= tl.load(widths + distance)) | free_kv[:, None] | (q_pos >= video_len)[None, :]
 
 
 def triton_backward(inputs: BackwardInputs, plan: SparsePlan, scale: float) -> Gradients:
@@ -349,10 +386,8 @@ def triton_backward(inputs: BackwardInputs, plan: SparsePlan, scale: float) -> G
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grad_k = torch.empty(inputs.k.shape, dtype=q.dtype, device=q.device)
     grad_v = torch.empty(inputs.k.shape, dtype=q.dtype, device=q.device)
-    on_gpu = q.device.type == "cuda"
-    with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
-        known = on_gpu and not torch.version.hip
-        launch = _Launch.of(inputs, plan, scale, torch.cuda.get_device_capability(q.device) if known else None)
+    with torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext():
+        launch = _Launch.of(inputs, plan, scale, capability_of(q.device))
         if inputs.need_q:
             launch.dq(grad_q)
         if inputs.need_kv:
@@ -400,6 +435,7 @@ class _Launch:
         counts = plan.counts.contiguous().expand(batch, heads, -1)
         full_counts = plan.full_counts.contiguous().expand(batch, heads, -1)
         config, constants = self._configuration("dq", plan.kv_len % plan.block_kv != 0)
+        test_tensors, test_numbers = test_arguments(plan.pair_test, plan.counts)
         dq_kernel[(plan.num_q_blocks * (plan.block_q // config.tile_m), batch * heads)](
             *self._tensors(),
             grad_q,
@@ -408,11 +444,12 @@ class _Launch:
             indices,
             counts,
             full_counts,
-            self._widths(),
+            *test_tensors,
             *self._scales_and_strides(),
             *indices.stride()[:3],
             *counts.stride()[:2],
-            *self._numbers(),
+            *self._lengths(),
+            *test_numbers,
             **constants,
             num_warps=config.warps,
             num_stages=config.stages,
@@ -421,10 +458,11 @@ class _Launch:
     def dkv(self, grad_k: Tensor, grad_v: Tensor) -> None:
         """Fills `grad_k` and `grad_v`."""
         plan, batch, heads = self.plan, *grad_k.shape[:2]
-        full_counts = plan.counts if plan.band is None else plan.full_counts
+        full_counts = plan.counts if plan.pair_test is None else plan.full_counts
         columns = invert_lists(plan.indices, plan.counts, full_counts, plan.num_kv_blocks)
         rows, bounds = (t.expand(batch, heads, -1) for t in (columns.rows, columns.bounds))
         config, constants = self._configuration("dkv", plan.q_len % plan.block_q != 0)
+        test_tensors, test_numbers = test_arguments(plan.pair_test, plan.counts)
         dkv_kernel[(plan.num_kv_blocks * (plan.block_kv // config.tile_n), batch * heads)](
             *self._tensors(),
             grad_k,
@@ -433,11 +471,12 @@ class _Launch:
             self.delta,
             rows,
             bounds,
-            self._widths(),
+            *test_tensors,
             *self._scales_and_strides(),
             *rows.stride()[:2],
             *bounds.stride()[:2],
-            *self._numbers(),
+            *self._lengths(),
+            *test_numbers,
             **constants,
             num_warps=config.warps,
             num_stages=config.stages,
@@ -452,24 +491,17 @@ class _Launch:
             block_q=plan.block_q,
             block_kv=plan.block_kv,
             short_tail=short_tail,
-            banded=plan.band is not None,
-            precision=forward_precision(q.dtype == torch.float32),
+            predicate=predicate(plan.pair_test),
+            precision=forward_precision(q.dtype == torch.float32, self.capability),
         )
         return config, constants
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.inputs.q, self.inputs.k, self.inputs.v, self.grad_out
 
-    def _widths(self) -> Tensor:
-        return self.plan.counts if self.plan.band is None else self.plan.band.widths
-
     def _scales_and_strides(self) -> tuple[float | int, ...]:
         strides = (stride for t in self._tensors() for stride in t.stride()[:3])
         return self.scale, self.scale * _LOG2_E, *strides
 
-    def _numbers(self) -> tuple[int, ...]:
-        plan, band = self.plan, self.plan.band
-        lengths = (self.inputs.q.shape[1], plan.q_len, plan.kv_len)
-        if band is None:
-            return *lengths, 1, 1, 0, 0
-        return *lengths, band.widths.numel(), band.frame_tokens, band.video_len, band.sink_tokens
+    def _lengths(self) -> tuple[int, ...]:
+        return self.inputs.q.shape[1], self.plan.q_len, self.plan.kv_len

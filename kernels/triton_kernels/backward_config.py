@@ -7,31 +7,97 @@ from typing import NamedTuple
 
 import triton
 
+from .forward_config import light_test
+from .generation import generation
+
 # Queries per program of `delta_kernel`.
 DELTA_TILE = 32
 
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """Tile sizes and launch options of one backward kernel; `masked_tile` replaces the walked side under a mask."""
+    """Tile sizes and launch options of one backward kernel.
+
+    `masked_tile` replaces the walked side under a mask, `tested_tile` where a pair test other than the band runs.
+    """
 
     tile_m: int
     tile_n: int
     masked_tile: int
     warps: int
     stages: int
+    tested_tile: int
+
+
+class _Tiles(NamedTuple):
+    """`owned` rows stay in registers while `walked` ones (`masked` or `tested` ones under a mask) pass by."""
+
+    owned: int
+    walked: int
+    masked: int
+    warps: int
+    stages: int
+    tested: int = 32
+
+
+# Tiles by (GPU generation, kernel, padded head dim, bytes per element); "any" is for generations without a row of
+# their own.  None of them spills registers under a band and a short tail but float32, where the owned tile split for
+# three TF32 products fills them by itself: at head dim 128 8 bytes per thread in dQ (sm_90), at head dim 256 112 bytes
+# in dQ and 288 in dK and dV (sm_80).
+_TILES = {
+    ("any", "dq", 64, 2): _Tiles(128, 64, 32, 8, 2),
+    ("any", "dq", 128, 2): _Tiles(128, 32, 16, 8, 2),
+    ("any", "dq", 256, 2): _Tiles(32, 32, 16, 8, 1),
+    ("hopper", "dq", 128, 2): _Tiles(128, 64, 32, 8, 2),
+    ("blackwell", "dq", 128, 2): _Tiles(128, 64, 32, 8, 2),
+    ("any", "dkv", 64, 2): _Tiles(128, 64, 32, 8, 2),
+    # dK and dV are two accumulators: beside 128 keys of head dim 128 there is room for narrow steps at most.
+    ("any", "dkv", 128, 2): _Tiles(64, 64, 32, 8, 2),
+    ("any", "dkv", 256, 2): _Tiles(32, 32, 16, 8, 1),
+    ("ada", "dkv", 64, 2): _Tiles(128, 32, 32, 8, 2),
+    ("geforce-blackwell", "dkv", 64, 2): _Tiles(128, 32, 32, 8, 2),
+    ("hopper", "dkv", 128, 2): _Tiles(128, 32, 32, 8, 2, tested=16),
+    ("blackwell", "dkv", 128, 2): _Tiles(128, 64, 32, 8, 2, tested=16),
+    ("amd", "dq", 256, 2): _Tiles(64, 16, 16, 8, 1),
+    ("amd", "dkv", 256, 2): _Tiles(64, 16, 16, 8, 1),
+    # With four warps a thread of an AMD GPU has 512 registers, with eight only 256.
+    ("amd", "dkv", 64, 2): _Tiles(64, 64, 32, 4, 1),
+    ("amd", "dkv", 128, 2): _Tiles(64, 64, 32, 4, 1, tested=16),
+    # float32 is there to be right, not fast.
+    ("any", "dq", 64, 4): _Tiles(32, 32, 32, 4, 1),
+    ("any", "dq", 128, 4): _Tiles(16, 16, 16, 4, 1),
+    ("any", "dq", 256, 4): _Tiles(16, 16, 16, 8, 1),
+    ("any", "dkv", 64, 4): _Tiles(32, 32, 32, 8, 1),
+    ("any", "dkv", 128, 4): _Tiles(16, 16, 16, 8, 1),
+    ("any", "dkv", 256, 4): _Tiles(16, 16, 16, 8, 1),
+    ("amd", "dq", 256, 4): _Tiles(16, 16, 16, 4, 1),
+    ("amd", "dkv", 64, 4): _Tiles(32, 32, 32, 4, 1),
+    ("amd", "dkv", 128, 4): _Tiles(16, 16, 16, 4, 1),
+    ("amd", "dkv", 256, 4): _Tiles(16, 16, 16, 4, 1),
+}
+
+# The same for plan blocks that 128 does not divide.
+_TILES_64 = {
+    ("any", "dq", 64, 2): _Tiles(64, 64, 32, 4, 2),
+    ("any", "dq", 128, 2): _Tiles(64, 64, 32, 8, 2),
+    ("hopper", "dq", 128, 2): _Tiles(64, 64, 32, 4, 2),
+    ("blackwell", "dq", 128, 2): _Tiles(64, 64, 32, 4, 2),
+    ("any", "dkv", 64, 2): _Tiles(64, 64, 32, 4, 2),
+    ("ada", "dkv", 64, 2): _Tiles(64, 64, 32, 4, 2),
+    ("geforce-blackwell", "dkv", 64, 2): _Tiles(64, 64, 32, 4, 2),
+    ("hopper", "dkv", 128, 2): _Tiles(64, 64, 32, 8, 2),
+    ("blackwell", "dkv", 128, 2): _Tiles(64, 64, 32, 4, 2),
+}
 
 
 def backward_config(
     kernel: str, capability: tuple[int, int] | None, itemsize: int, head_dim: int, block_q: int, block_kv: int
 ) -> BackwardConfig:
-    """Picks tiles that divide the plan's blocks.
-
-    16-bit ones up to head dim 128 are checked offline to compile without register spills.
+    """Picks tiles that divide the plan's blocks; checked offline to compile without register spills.
 
     Args:
         kernel: "dq" or "dkv".
-        capability: CUDA compute capability, or None for other hardware.
+        capability: CUDA compute capability, or None for AMD GPUs and the interpreter.
         itemsize: Bytes per element of q, k and v.
         head_dim: Head dimension before padding.
         block_q: Queries per plan block, a multiple of 16.
@@ -40,42 +106,13 @@ def backward_config(
     Returns:
         The configuration.
     """
-    pad_dim = max(64, triton.next_power_of_2(head_dim))
-    major = 0 if capability is None else capability[0]
-    if itemsize == 4:
-        # float32 is there to be right, not fast.
-        tiles = _Tiles(32, 32, 32, 4, 1) if pad_dim == 64 else _Tiles(16, 16, 16, 4, 1)
-    elif pad_dim > 128:
-        tiles = _Tiles(64, 16, 16, 8, 1)
-    else:
-        tiles = _sixteen_bit(kernel, major, pad_dim, block_q if kernel == "dq" else block_kv)
-    sides = (tiles.owned, tiles.walked) if kernel == "dq" else (tiles.walked, tiles.owned)
+    tiles = _TILES | _TILES_64 if (block_q if kernel == "dq" else block_kv) % 128 else _TILES
+    row = kernel, max(64, triton.next_power_of_2(head_dim)), itemsize
+    found = tiles.get((generation(capability), *row)) or tiles[("any", *row)]
+    sides = (found.owned, found.walked) if kernel == "dq" else (found.walked, found.owned)
     tile_m, tile_n = min(sides[0], block_q & -block_q), min(sides[1], block_kv & -block_kv)
-    masked = min(tiles.masked, tile_n if kernel == "dq" else tile_m)
-    return BackwardConfig(tile_m, tile_n, masked, tiles.warps, tiles.stages)
-
-
-class _Tiles(NamedTuple):
-    """`owned` rows stay in registers while `walked` ones (`masked` ones under a mask) pass by."""
-
-    owned: int
-    walked: int
-    masked: int
-    warps: int
-    stages: int
-
-
-def _sixteen_bit(kernel: str, major: int, pad_dim: int, block: int) -> _Tiles:
-    owned = 64 if block % 128 else 128
-    roomy = major == 10 or (major == 9 and kernel == "dq")
-    if pad_dim <= 64 or roomy:
-        return _Tiles(owned, 64, 32, owned // 16, 2)
-    # dK and dV are two accumulators: with 128 keys only Hopper holds them, and only beside narrow steps.
-    if owned == 128 and kernel == "dkv" and major == 9:
-        return _Tiles(128, 32, 32, 8, 2)
-    if owned == 128 and kernel == "dq":
-        return _Tiles(128, 32, 16, 8, 2)
-    return _Tiles(64, 64, 32, 8, 2)
+    masked = min(found.masked, tile_n if kernel == "dq" else tile_m)
+    return BackwardConfig(tile_m, tile_n, masked, found.warps, found.stages, min(masked, found.tested))
 
 
 def backward_constants(
@@ -85,7 +122,7 @@ def backward_constants(
     block_q: int,
     block_kv: int,
     short_tail: bool,
-    banded: bool,
+    predicate: int,
     precision: str,
 ) -> dict[str, int | bool | str]:
     """The compile-time arguments of `dq_kernel` and `dkv_kernel`."""
@@ -96,9 +133,9 @@ def backward_constants(
         "BLOCK_KV": block_kv,
         "TILE_M": config.tile_m,
         "TILE_N": config.tile_n,
-        "MASKED_TILE": config.masked_tile,
+        "MASKED_TILE": config.masked_tile if light_test(predicate) else config.tested_tile,
         "SHORT_TAIL": short_tail,
-        "BANDED": banded,
+        "PREDICATE": predicate,
         "PRECISION": precision,
         "STAGES": config.stages,
     }

@@ -20,7 +20,7 @@ def test_findings_as_json(command: Command) -> None:
     result = command("doctor", "--json")
     findings = json.loads(result.out)
     assert result.code == 0 and findings["healthy"] and findings["missing"] == []
-    assert set(rows(findings)) == {"triton", "gather", "reference", "flex"}
+    assert set(rows(findings)) == {"triton", "gather", "reference", "flex", "xformers"}
     assert all(row["detail"] for row in findings["backends"])
     assert rows(findings)["gather"]["ok"]
     assert findings["versions"]["torch"] and findings["devices"][0].startswith("cpu")

@@ -56,6 +56,7 @@ def test_every_backend_as_text(command: Command) -> None:
     out = command("doctor", "--kernels").out
     assert "auto on cpu    gather:" in out and "cpu triton     refused:" in out
     assert "cpu gather     works:" in out and "float32, head dim 64: largest difference" in out
+    assert "cpu triton:tma        refused:" in out
     assert "threads:" in out and "shapes-wan" not in out
 
 
@@ -115,3 +116,7 @@ def test_triton_shows_its_launch_configurations() -> None:
     assert len(triton["configuration"]) == 2 * len(kernel_check.HEAD_DIMS)
     assert all("warps" in value for value in triton["configuration"].values())
     assert findings["auto"]["cpu"]["backend"] == "gather"
+    found = {row["variant"]: row for row in findings["variants"]}
+    assert found["triton:pointer"]["ok"] and found["triton:tma"]["ok"]
+    assert found["triton:tma"]["configuration"]["16 bit, head dim 128"] == "128 queries x 128 keys, 4 warps, 2 stages"
+    assert not found["triton:gluon"]["ok"] and "cannot be interpreted" in found["triton:gluon"]["reason"]

@@ -21,7 +21,9 @@ def record_of(folder: Path) -> dict[str, Any]:
     return record
 
 
-@pytest.mark.parametrize("attention", ["radial", "dense"])
+@pytest.mark.parametrize(
+    "attention", ["radial", "neighborhood", "adaspa", "block_routing", "compensated", "vmoba", "dense"]
+)
 def test_video_and_record_are_written(render: Command, tmp_path: Path, attention: str) -> None:
     result = render("--attention", attention, "--seed", 7, "--fps", 12, "--guidance", 2)
     assert result.code == 0, result.err

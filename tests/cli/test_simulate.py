@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -55,3 +56,56 @@ def test_bad_grid(command: Command, grid: str) -> None:
 
 def test_method_must_be_known(command: Command) -> None:
     assert "radial" in command("simulate", "--method", "magic", "--grid", "9x16x16").err
+
+
+def test_neighborhood_reports_its_bounds(command: Command) -> None:
+    """Published for HunyuanVideo: 91 % sparse, every block whole, so tiles reach the bound by arithmetic."""
+    words = ("--grid", "30x48x80", "--window", "18x24x24", "--stride", "16x8x8", "--tile", "2x8x8")
+    result = command("simulate", "--method", "neighborhood", *words, "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert (found["window"], found["stride"], found["dilation"]) == ("18x24x24", "16x8x8", "1x1x1")
+    assert found["density"] == found["computed_share"] == pytest.approx(0.09)
+    assert found["flop_bound"] == pytest.approx(100 / 9)
+    for tiling in ("static_tiling", "dynamic_tiling"):
+        cost = found[tiling]
+        assert (cost["total"], cost["most"], cost["block_sparse"]) == (900, 81, True)
+        assert cost["speedup"] == cost["worst_speedup"] == pytest.approx(100 / 9)
+
+
+def test_neighborhood_options_count(command: Command) -> None:
+    def found(*words: object) -> Any:
+        return json.loads(command("simulate", "--method", "neighborhood", "--grid", "9x16x16", *words, "--json").out)
+
+    plain = found()
+    assert (plain["window"], plain["causal"]) == ("6x10x10", "0x0x0")
+    assert found("--window", 0.3)["density"] < plain["density"] < found("--text", 100)["density"]
+    assert found("--snap")["density"] == pytest.approx(plain["computed_share"])
+    assert found("--causal", "1x0x0")["density"] < plain["density"]
+    assert found("--window", 0.3, "--dilation", "widest")["dilation"] == "3x3x3"
+    assert found("--stride", "tile", "--tile", "1x8x8", "--block", 64)["stride"] == "1x8x8"
+
+
+def test_neighborhood_table_and_refusal(command: Command) -> None:
+    words = ("simulate", "--method", "neighborhood", "--grid", "9x16x16")
+    assert "dynamic tiling speedup" in command(*words).out
+    result = command(*words, "--window", "6x17x6")
+    assert result.code == 2 and "window 17 is larger than the 16 rows of the grid; give 1 to 16" in result.err
+
+
+@pytest.mark.parametrize("method", ["adaspa", "block_routing", "compensated"])
+def test_a_plan_that_is_found_while_running_is_not_predicted(command: Command, method: str) -> None:
+    result = command("simulate", "--method", method, "--grid", "9x16x16")
+    assert result.code == 2
+    assert "only at run time" in result.err and f"render --attention {method}" in result.err
+
+
+def test_vmoba_is_predicted_from_numbers_of_cells(command: Command) -> None:
+    words = ("simulate", "--method", "vmoba", "--grid", "20x30x52", "--block", 64)
+    found = json.loads(command(*words, "--top-k", "3,20,15", "--json").out)
+    parts = [found[f"{part}_highest_density"] for part in ("temporal", "spatial", "cubes")]
+    assert parts == pytest.approx([3 / 10, 20 / 130, 15 / 325])  # all cells are of one size
+    assert found["lowest_density"] == found["highest_density"] == pytest.approx(sum(parts) / 3)
+    assert found["cubes_cell"] == "4x6x4" and found["predicted_speedup"] == pytest.approx(0.85 * 3 / sum(parts))
+    assert "--top-k 3,20,15" in command(*words).err
+    assert "whole number of cells" in command(*words, "--top-k", "0.5").err

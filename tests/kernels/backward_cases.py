@@ -1,13 +1,10 @@
 """Gradients by autograd through dense attention, and cases that hold the Triton backward kernels against them.
 
-As a script it runs the cases on the CPU and prints one JSON object: case name -> "ok" or what went wrong.  Like
-interpreter_cases.py a process of its own, because Triton decides at import whether kernels are interpreted.
+interpreter_runner.py runs the cases.
 """
 
 from __future__ import annotations
 
-import json
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.attend import attend
-from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
+from dit_accel.kernels.pair_tests import Band
+from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
 
 Triple = tuple[Tensor, Tensor, Tensor]
 # Cotangents of order one through 16-bit weights, outputs and score gradients.
@@ -146,7 +144,7 @@ def _band(video: int) -> Band:
 
 
 def band() -> None:
-    plan = random_plan(200, 200, 32, 32, 1, 2, band=_band(200))
+    plan = random_plan(200, 200, 32, 32, 1, 2, pair_test=_band(200))
     assert (plan.full_counts < plan.counts).any() and (plan.full_counts > 0).any()
     check(*tensors(2, 2, 200, 200, 16), plan)
 
@@ -155,7 +153,9 @@ def band_with_text_and_short_tails() -> None:
     keep = torch.rand(3, 6) < 0.8
     keep[:, -1] = True
     partial = keep & (torch.arange(6) < 5)
-    plan = plan_from_blocks(keep, partial=partial, band=_band(170), q_len=190, kv_len=190, block_q=64, block_kv=32)
+    plan = plan_from_blocks(
+        keep, partial=partial, pair_test=_band(170), q_len=190, kv_len=190, block_q=64, block_kv=32
+    )
     check(*tensors(1, 2, 190, 190, 16), plan)
 
 
@@ -164,7 +164,7 @@ def queries_that_the_band_leaves_without_keys() -> None:
     keep = torch.eye(3, dtype=torch.bool)
     keep[0, 1] = True
     sizes: dict[str, Any] = {"q_len": 96, "kv_len": 96, "block_q": 32, "block_kv": 32}
-    plan = plan_from_blocks(keep, partial=keep, band=Band(32, widths, 96), **sizes)
+    plan = plan_from_blocks(keep, partial=keep, pair_test=Band(32, widths, 96), **sizes)
     check_empty_queries(*tensors(1, 1, 96, 96, 16), plan, "triton")
 
 
@@ -207,32 +207,3 @@ CASES: tuple[Callable[[], None], ...] = (
     scale_and_lengths,
     same_bits_every_time,
 )
-
-
-def poison() -> None:
-    """Makes torch.empty return NaN, so that outputs nobody wrote are found."""
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    torch.empty = poisoned
-
-
-def main() -> None:
-    """Runs all cases."""
-    poison()
-    results = {}
-    for case in CASES:
-        torch.manual_seed(0)
-        try:
-            case()
-            results[case.__name__] = "ok"
-        except Exception:
-            results[case.__name__] = traceback.format_exc()
-    print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,7 @@
-"""Runs the Triton kernel on the CPU and prints one JSON object: case name -> "ok" or what went wrong.
-
-Triton decides at import whether kernels are interpreted, and TRITON_INTERPRET changes the whole process, so
-test_triton.py starts this file as a process of its own.
-"""
+"""Cases that hold the Triton kernel against the reference backend; interpreter_runner.py runs them."""
 
 from __future__ import annotations
 
-import json
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.attend import attend, choose_backend, explain
-from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
+from dit_accel.kernels.pair_tests import Band
+from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -42,17 +37,6 @@ def compare(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, **options: Any) -
     assert out.shape == q.shape and out.dtype == q.dtype
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=max(1e-5, tolerance / 3))
-
-
-def poison() -> None:
-    """Makes torch.empty return NaN, so that outputs nobody wrote are found."""
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    torch.empty = poisoned
 
 
 def float32_odd_length() -> None:
@@ -84,7 +68,7 @@ def _band(video: int) -> Band:
 
 
 def band() -> None:
-    plan = random_plan(300, 300, 64, 64, 1, 2, band=_band(300))
+    plan = random_plan(300, 300, 64, 64, 1, 2, pair_test=_band(300))
     assert (plan.full_counts < plan.counts).any() and (plan.full_counts > 0).any()
     compare(*tensors(2, 2, 300, 300, 32, torch.float32), plan)
 
@@ -93,17 +77,19 @@ def band_with_text_and_full_tail() -> None:
     keep = torch.rand(3, 5) < 0.8
     keep[:, -1] = True
     partial = keep & (torch.arange(5) < 4)
-    plan = plan_from_blocks(keep, partial=partial, band=_band(270), q_len=300, kv_len=300, block_q=128, block_kv=64)
+    plan = plan_from_blocks(
+        keep, partial=partial, pair_test=_band(270), q_len=300, kv_len=300, block_q=128, block_kv=64
+    )
     compare(*tensors(1, 2, 300, 300, 32, torch.float16), plan)
 
 
 def band_without_text_on_whole_blocks() -> None:
-    plan = random_plan(256, 256, 64, 64, band=Band(64, torch.tensor([9, 3, -1, 0], dtype=torch.int32), 256))
+    plan = random_plan(256, 256, 64, 64, pair_test=Band(64, torch.tensor([9, 3, -1, 0], dtype=torch.int32), 256))
     compare(*tensors(1, 1, 256, 256, 32, torch.float16), plan)
 
 
 def band_of_one_frame() -> None:
-    plan = random_plan(128, 128, 64, 64, band=Band(128, torch.tensor([30], dtype=torch.int32), 128))
+    plan = random_plan(128, 128, 64, 64, pair_test=Band(128, torch.tensor([30], dtype=torch.int32), 128))
     compare(*tensors(1, 1, 128, 128, 16, torch.float16), plan)
 
 
@@ -174,21 +160,3 @@ CASES: tuple[Callable[[], None], ...] = (
     unfit_calls_are_refused,
     auto_does_not_interpret,
 )
-
-
-def main() -> None:
-    """Runs all cases."""
-    poison()
-    results = {}
-    for case in CASES:
-        torch.manual_seed(0)
-        try:
-            case()
-            results[case.__name__] = "ok"
-        except Exception:
-            results[case.__name__] = traceback.format_exc()
-    print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dit_accel.kernels.attend import attend
 from dit_accel.kernels.gather import forward as gather
-from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
+from dit_accel.kernels.pair_tests import Band
+from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
 
 FRAMES, FRAME_TOKENS = 7, 15 * 13
 ODD = FRAMES * FRAME_TOKENS
@@ -115,7 +116,7 @@ def test_rows_without_keys(backend: str, banded: bool) -> None:
     keep[0, 3] = False
     keep[1] = False
     band = make_band() if banded else None
-    plan = plan_from_blocks(keep[None], q_len=ODD, kv_len=ODD, block_q=128, block_kv=128, band=band)
+    plan = plan_from_blocks(keep[None], q_len=ODD, kv_len=ODD, block_q=128, block_kv=128, pair_test=band)
     q, k, v = tensors(1, 2, ODD, ODD, 32, torch.float32)
     out, lse = attend(q, k, v, plan, return_lse=True, backend=backend)
     assert out[0, 0, 384:512].eq(0).all() and lse[0, 0, 384:512].eq(float("-inf")).all()
@@ -131,7 +132,7 @@ def test_band_against_brute_force(backend: str, lead: tuple[int, int], text: int
     keep = torch.rand(*lead, 11, 22, generator=generator) < 0.7
     partial = keep & (torch.rand(11, 22, generator=generator) < 0.6)
     sizes: dict[str, Any] = {"q_len": ODD, "kv_len": ODD, "block_q": 128, "block_kv": 64}
-    plan = plan_from_blocks(keep, partial=partial, band=make_band(text), **sizes)
+    plan = plan_from_blocks(keep, partial=partial, pair_test=make_band(text), **sizes)
     check(*tensors(2, 2, ODD, ODD, 16, torch.float32), plan, backend)
 
 
@@ -139,7 +140,7 @@ def test_band_against_brute_force(backend: str, lead: tuple[int, int], text: int
 def test_queries_that_the_band_leaves_without_keys(backend: str) -> None:
     band = Band(100, torch.tensor([-1, 5, -1], dtype=torch.int32), 300)
     keep = torch.eye(3, dtype=torch.bool)
-    plan = plan_from_blocks(keep, partial=keep, band=band, q_len=300, kv_len=300, block_q=100, block_kv=100)
+    plan = plan_from_blocks(keep, partial=keep, pair_test=band, q_len=300, kv_len=300, block_q=100, block_kv=100)
     q, k, v = tensors(1, 2, 300, 300, 16, torch.float32)
     out, lse = attend(q, k, v, plan, return_lse=True, backend=backend)
     assert out.eq(0).all() and lse.eq(float("-inf")).all()
@@ -149,7 +150,7 @@ def test_queries_that_the_band_leaves_without_keys(backend: str) -> None:
 @pytest.mark.parametrize("banded", [False, True])
 def test_order_permutes_in_and_back(backend: str, banded: bool) -> None:
     order = torch.randperm(ODD, generator=torch.Generator().manual_seed(1))
-    plan = random_plan(ODD, ODD, 128, 128, (1, 2), order=order, band=make_band() if banded else None)
+    plan = random_plan(ODD, ODD, 128, 128, (1, 2), order=order, pair_test=make_band() if banded else None)
     check(*tensors(1, 2, ODD, ODD, 16, torch.float32), plan, backend)
 
 
@@ -186,14 +187,14 @@ def test_gather_in_small_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(gather._CHUNK_BYTES, "cpu", chunk)
     q, k, v = tensors(2, 2, ODD, ODD, 16, torch.float32)
     check(q, k, v, random_plan(ODD, ODD, 128, 64, (2, 2)), "gather")
-    check(q, k, v, random_plan(ODD, ODD, 128, 64, band=make_band()), "gather")
+    check(q, k, v, random_plan(ODD, ODD, 128, 64, pair_test=make_band()), "gather")
 
 
 @pytest.mark.parametrize("banded", [False, True])
 def test_gather_without_the_fused_cpu_kernel(banded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "_has_fused_lse", lambda device: False)
     q, k, v = tensors(2, 2, ODD, ODD, 16, torch.float32)
-    check(q, k, v, random_plan(ODD, ODD, 128, 64, (2, 2), band=make_band() if banded else None), "gather")
+    check(q, k, v, random_plan(ODD, ODD, 128, 64, (2, 2), pair_test=make_band() if banded else None), "gather")
 
 
 def test_inputs_are_left_alone() -> None:

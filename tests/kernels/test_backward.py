@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dit_accel.kernels.gather import backward as gather_backward
 from dit_accel.kernels.ops import block_sparse_attention
-from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
+from dit_accel.kernels.pair_tests import Band, encode
+from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
 
 from .backward_cases import (
     attention,
@@ -71,7 +72,7 @@ def test_band_with_sinks_and_text(backend: str, lead: tuple[int, int], text: int
     keep = torch.rand(*lead, 5, 10) < 0.7
     partial = keep & (torch.rand(5, 10) < 0.6)
     sizes: dict[str, Any] = {"q_len": ODD, "kv_len": ODD, "block_q": 64, "block_kv": 32}
-    plan = plan_from_blocks(keep, partial=partial, band=make_band(text), **sizes)
+    plan = plan_from_blocks(keep, partial=partial, pair_test=make_band(text), **sizes)
     assert (plan.full_counts < plan.counts).any() and (plan.full_counts > 0).any()
     check_gradients(*tensors(2, 2, ODD, ODD, 16), plan, backend)
 
@@ -83,7 +84,7 @@ def test_queries_without_keys(backend: str) -> None:
     keep[0, 1] = True
     sizes: dict[str, Any] = {"q_len": 300, "kv_len": 300, "block_q": 100, "block_kv": 100}
     check_empty_queries(
-        *tensors(1, 2, 300, 300, 16), plan_from_blocks(keep, partial=keep, band=band, **sizes), backend
+        *tensors(1, 2, 300, 300, 16), plan_from_blocks(keep, partial=keep, pair_test=band, **sizes), backend
     )
     check_empty_queries(*tensors(1, 2, 300, 300, 16), plan_from_blocks(keep & ~keep.diag().diag(), **sizes), backend)
 
@@ -91,7 +92,7 @@ def test_queries_without_keys(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("banded", [False, True])
 def test_order_of_tokens(backend: str, banded: bool) -> None:
-    plan = random_plan(ODD, ODD, 64, 64, 1, 2, order=torch.randperm(ODD), band=make_band() if banded else None)
+    plan = random_plan(ODD, ODD, 64, 64, 1, 2, order=torch.randperm(ODD), pair_test=make_band() if banded else None)
     check_gradients(*tensors(1, 2, ODD, ODD, 16), plan, backend)
 
 
@@ -145,7 +146,7 @@ def test_gather_in_small_stacks(bytes_: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(gather_backward._STACK_BYTES, "cpu", bytes_)
     check_gradients(*tensors(2, 2, 150, 150, 16), random_plan(150, 150, 32, 32, 2, 2), "gather")
     band = Band(30, torch.tensor([30, 9, 4, 0, -1], dtype=torch.int32), 150)
-    check_gradients(*tensors(2, 2, 150, 150, 16), random_plan(150, 150, 32, 32, band=band), "gather")
+    check_gradients(*tensors(2, 2, 150, 150, 16), random_plan(150, 150, 32, 32, pair_test=band), "gather")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -190,10 +191,11 @@ def test_gradients_are_not_differentiated_again() -> None:
 @pytest.mark.parametrize("backend", ["gather", "reference"])
 def test_operator_with_gradients_is_well_formed(banded: bool, backend: str) -> None:
     band = Band(30, torch.tensor([30, 9, 4, 0], dtype=torch.int32), 100, 8) if banded else None
-    plan = random_plan(100, 100, 32, 32, 1, 2, band=band)
+    plan = random_plan(100, 100, 32, 32, 1, 2, pair_test=band)
     leaves = leaves_of(*tensors(2, 2, 100, 100, 16))
-    lists = (plan.indices, plan.counts, plan.full_counts, None if band is None else band.widths)
-    outcome = torch.library.opcheck(block_sparse_attention, (*leaves, *lists, 32, 32, 30, 100, 8, 0.25, backend))
+    test = encode(band)
+    lists = (plan.indices, plan.counts, plan.full_counts, test.table, test.lookup, test.kind, test.numbers)
+    outcome = torch.library.opcheck(block_sparse_attention, (*leaves, *lists, 32, 32, 0.25, backend))
     assert set(outcome.values()) == {"SUCCESS"}
 
 

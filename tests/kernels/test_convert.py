@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from dit_accel.kernels import convert
+from dit_accel.kernels.bitmap import Bitmap
 from dit_accel.kernels.convert import (
     plan_from_block_map,
     plan_from_element_mask,
@@ -20,12 +21,14 @@ from dit_accel.kernels.convert import (
     plan_to_flex,
 )
 from dit_accel.kernels.flex import mask as flex_mask
-from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
+from dit_accel.kernels.pair_tests import Band, Neighborhood, PairTest
+from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
 
 FRAMES, FRAME_TOKENS, TEXT = 5, 7 * 9, 11
 TOKENS = FRAMES * FRAME_TOKENS + TEXT
 BLOCKS = [(64, 64), (32, 128), (100, 37)]
 LEADS = [(1, 1), (1, 2), (3, 1), (3, 2)]
+TESTS = ["band", "sinks", "neighborhood", "permuted", "bitmap"]
 
 
 def random_blocks(lead: tuple[int, int], block_q: int, block_kv: int, q_len: int = TOKENS) -> Tensor:
@@ -36,14 +39,23 @@ def random_blocks(lead: tuple[int, int], block_q: int, block_kv: int, q_len: int
 
 
 def make_plan(lead: tuple[int, int], block_q: int, block_kv: int, kind: str, q_len: int = TOKENS) -> SparsePlan:
-    """A random plan with an empty row of blocks; kinds: "whole", "band", "sinks", "empty"."""
+    """A random plan with an empty row of blocks; `TESTS` and "whole", "empty" are the kinds."""
     sizes: dict[str, Any] = {"q_len": q_len, "kv_len": TOKENS, "block_q": block_q, "block_kv": block_kv}
     keep = random_blocks(lead, block_q, block_kv, q_len)
     if kind == "empty":
         return plan_from_blocks(torch.zeros_like(keep), **sizes)
     widths = torch.tensor([FRAME_TOKENS, 20, 4, -1, 0], dtype=torch.int32)
-    bands = {"band": Band(FRAME_TOKENS, widths, TOKENS - TEXT), "sinks": Band(FRAME_TOKENS, widths, TOKENS - TEXT, 30)}
-    return plan_from_blocks(keep, band=bands.get(kind), **sizes)
+    raster = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(8))
+    tests: dict[str, PairTest] = {
+        "band": Band(FRAME_TOKENS, widths, TOKENS - TEXT),
+        "sinks": Band(FRAME_TOKENS, widths, TOKENS - TEXT, 30),
+        "neighborhood": Neighborhood.of((FRAMES, 7, 9), (3, 3, 4), dilation=(1, 2, 1)),
+        "permuted": Neighborhood.of((FRAMES, 7, 9), (3, 5, 7), raster=raster),
+    }
+    if kind == "bitmap":
+        mask = torch.rand(*lead, q_len, TOKENS, generator=torch.Generator().manual_seed(9)) < 0.5
+        tests[kind] = Bitmap.from_mask(mask, block_q=block_q, block_kv=block_kv)
+    return plan_from_blocks(keep, pair_test=tests.get(kind), **sizes)
 
 
 def flex_elements(block_mask: BlockMask, lead: tuple[int, int]) -> Tensor:
@@ -78,7 +90,7 @@ def test_block_maps_go_both_ways(lead: tuple[int, int], block_q: int, block_kv: 
 def test_a_band_that_cuts_nothing_is_a_block_map() -> None:
     band = Band(64, torch.tensor([64, -1], dtype=torch.int32), 128)
     plan = plan_from_blocks(
-        torch.ones(2, 2, dtype=torch.bool), q_len=128, kv_len=128, block_q=64, block_kv=64, band=band
+        torch.ones(2, 2, dtype=torch.bool), q_len=128, kv_len=128, block_q=64, block_kv=64, pair_test=band
     )
     assert torch.equal(plan_to_block_map(plan)[0, 0], torch.eye(2, dtype=torch.bool))
 
@@ -107,9 +119,18 @@ def test_an_element_mask_that_cuts_a_block_is_refused(place: tuple[int, int], ke
         plan_from_element_mask(mask, block_q=100, block_kv=37)
 
 
+@pytest.mark.parametrize("kind", ["whole", *TESTS, "empty"])
+@pytest.mark.parametrize("lead", [(1, 1), (3, 2)])
+def test_bitmaps_hold_any_element_mask(lead: tuple[int, int], kind: str) -> None:
+    plan = make_plan(lead, 64, 32, kind)
+    again = plan_from_element_mask(plan.element_mask(), block_q=64, block_kv=32, bitmap=True)
+    assert torch.equal(again.element_mask(), plan.element_mask())
+    assert again.density == pytest.approx(plan.density)
+
+
 @pytest.mark.parametrize("lead", LEADS)
 @pytest.mark.parametrize(("block_q", "block_kv"), BLOCKS)
-@pytest.mark.parametrize("kind", ["whole", "band", "sinks", "empty"])
+@pytest.mark.parametrize("kind", ["whole", *TESTS, "empty"])
 def test_flex_says_what_the_plan_says(lead: tuple[int, int], block_q: int, block_kv: int, kind: str) -> None:
     plan = make_plan(lead, block_q, block_kv, kind)
     block_mask = plan_to_flex(plan)
@@ -151,7 +172,7 @@ def test_block_masks_of_others(block: int | tuple[int, int], q_len: int) -> None
     block_mask = create_block_mask(document, 3, 2, q_len, TOKENS, device="cpu", BLOCK_SIZE=block)
     plan = plan_from_flex(block_mask)
     assert torch.equal(plan.element_mask(), create_mask(document, 3, 2, q_len, TOKENS, device="cpu"))
-    assert plan.band is None and plan.to_bool()[2].logical_not().all()
+    assert plan.pair_test is None and plan.to_bool()[2].logical_not().all()
 
 
 def test_a_block_mask_without_full_lists_or_function() -> None:
@@ -161,7 +182,7 @@ def test_a_block_mask_without_full_lists_or_function() -> None:
     )
     plan = plan_from_flex(BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=64))
     assert plan.to_bool()[0, 0].tolist() == [[True, True], [False, True]]
-    assert (plan.q_len, plan.kv_len, plan.band) == (128, 128, None)
+    assert (plan.q_len, plan.kv_len, plan.pair_test) == (128, 128, None)
 
 
 def test_a_function_that_cuts_blocks_is_refused() -> None:
@@ -175,7 +196,7 @@ def test_a_borrowed_mask_function_is_not_taken_for_its_band() -> None:
     keep = torch.ones(1, 1, 6, 6, dtype=torch.bool)
     keep[..., 3] = False
     band = Band(64, torch.tensor([64, 20, -1, -1, -1], dtype=torch.int32), 320)
-    ours = plan_from_blocks(keep, q_len=384, kv_len=384, block_q=64, block_kv=64, band=band)
+    ours = plan_from_blocks(keep, q_len=384, kv_len=384, block_q=64, block_kv=64, pair_test=band)
     function = plan_to_flex(ours).mask_mod
     finer = create_block_mask(function, 1, 1, 384, 384, device="cpu", BLOCK_SIZE=16)
     with pytest.raises(ValueError, match="kept in part"):
@@ -188,7 +209,7 @@ def test_a_borrowed_mask_function_is_not_taken_for_its_band() -> None:
     lists = plan_to_flex(ours)
     wrapped = BlockMask.from_kv_blocks(lists.kv_num_blocks, lists.kv_indices, BLOCK_SIZE=64, mask_mod=whole)
     plan = plan_from_flex(wrapped)
-    assert plan.band is None and torch.equal(plan.to_bool(), ours.to_bool() & ~ours.to_bool(full_only=True))
+    assert plan.pair_test is None and torch.equal(plan.to_bool(), ours.to_bool() & ~ours.to_bool(full_only=True))
 
 
 def test_what_other_forms_cannot_say_is_refused() -> None:

@@ -14,7 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dit_accel.kernels import support
 from dit_accel.kernels.attend import attend, choose_backend, explain
 from dit_accel.kernels.flex import attention as flex
-from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
+from dit_accel.kernels.pair_tests import Band
+from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
 from dit_accel.kernels.support import Call, check
 
 FRAMES, FRAME_TOKENS, TEXT = 5, 7 * 9, 11
@@ -50,7 +51,7 @@ def make_plan(
     widths = torch.tensor([FRAME_TOKENS, 20 + seed, 4, -1, 0], dtype=torch.int32)
     sinks = {"band": 0, "sinks": 30}
     band = Band(FRAME_TOKENS, widths, TOKENS - TEXT, sinks[kind]) if kind in sinks else None
-    return plan_from_blocks(keep, q_len=q_len, kv_len=TOKENS, block_q=block_q, block_kv=block_kv, band=band)
+    return plan_from_blocks(keep, q_len=q_len, kv_len=TOKENS, block_q=block_q, block_kv=block_kv, pair_test=band)
 
 
 def compare(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, **options: Any) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.invert import invert_lists
-from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
+from dit_accel.kernels.pair_tests import Band
+from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
 
 
 def make_plan(lead: tuple[int, int], rows: int, cols: int, banded: bool, density: float = 0.5) -> SparsePlan:
@@ -20,7 +21,7 @@ def make_plan(lead: tuple[int, int], rows: int, cols: int, banded: bool, density
     sizes: dict[str, Any] = {"q_len": rows * 4 - 1, "kv_len": cols * 4 - 3, "block_q": 4, "block_kv": 4}
     if banded:
         sizes["kv_len"] = min(sizes["kv_len"], rows * 4)
-    return plan_from_blocks(keep, partial=partial, band=band, **sizes)
+    return plan_from_blocks(keep, partial=partial, pair_test=band, **sizes)
 
 
 def by_loops(plan: SparsePlan, full: Tensor, b: int, h: int, column: int) -> tuple[list[int], list[int]]:

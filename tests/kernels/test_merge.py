@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dit_accel.kernels.attend import attend
 from dit_accel.kernels.merge import merge_attention
-from dit_accel.kernels.ops import block_sparse_attention
-from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
+from dit_accel.kernels.pair_tests import Band
+from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
 
 TOKENS, BLOCK = 333, 32
 Part = tuple[Tensor, Tensor]
@@ -37,14 +37,7 @@ def owners(parts: int, lead: tuple[int, int]) -> Tensor:
 
 
 def make_plan(keep: Tensor, band: Band | None = None) -> SparsePlan:
-    return plan_from_blocks(keep, q_len=TOKENS, kv_len=TOKENS, block_q=BLOCK, block_kv=BLOCK, band=band)
-
-
-def operator(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, backend: str) -> Part:
-    """`attend` on a plan without a band."""
-    lists = (plan.indices, plan.counts, plan.full_counts, None, plan.block_q, plan.block_kv)
-    out, lse = block_sparse_attention(q, k, v, *lists, 0, 0, 0, q.shape[-1] ** -0.5, backend)
-    return out, lse
+    return plan_from_blocks(keep, q_len=TOKENS, kv_len=TOKENS, block_q=BLOCK, block_kv=BLOCK, pair_test=band)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -142,9 +135,9 @@ def test_gradients_reach_q_k_and_v_as_in_dense_attention() -> None:
 def test_gradients_through_the_attention_operator(parts: int) -> None:
     owner = owners(parts, (1, 2))
     q, k, v = (t.clone().requires_grad_() for t in tensors())
-    pieces = [operator(q, k, v, make_plan(owner == i), "gather") for i in range(parts)]
+    pieces = [attend(q, k, v, make_plan(owner == i), return_lse=True, backend="gather") for i in range(parts)]
     merged = merge_attention([o for o, _ in pieces], [s for _, s in pieces])
-    whole = operator(q, k, v, make_plan(owner >= 0), "reference")
+    whole = attend(q, k, v, make_plan(owner >= 0), return_lse=True, backend="reference")
     got, wanted = (
         torch.autograd.grad(out.square().sum() + lse[lse.isfinite()].sum(), (q, k, v)) for out, lse in (merged, whole)
     )

@@ -8,22 +8,36 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dit_accel.kernels.attend import attend
+from dit_accel.kernels.bitmap import Bitmap
 from dit_accel.kernels.ops import block_sparse_attention
-from dit_accel.kernels.sparse_plan import Band, SparsePlan, plan_from_blocks
+from dit_accel.kernels.pair_tests import Band, Neighborhood, PairTest, encode
+from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
 
 TOKENS = 300
+KINDS = ("none", "band", "neighborhood", "bitmap")
 
 
-def make_plan(seed: int, *, banded: bool = False, ordered: bool = False) -> SparsePlan:
+def make_test(seed: int, kind: str) -> PairTest | None:
+    """A test whose tensors depend on the seed, but not their shapes."""
+    if kind == "band":
+        return Band(60, torch.tensor([60, 25, 10 + seed, -1, 0], dtype=torch.int32), 280, 20)
+    if kind == "neighborhood":
+        return Neighborhood.of((4, 7, 10), (1 + seed, 3 + seed, 5))
+    if kind == "bitmap":
+        mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(seed)
+        return Bitmap.from_mask(mask, block_q=64, block_kv=64)
+    return None
+
+
+def make_plan(seed: int, *, kind: str = "none", ordered: bool = False) -> SparsePlan:
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(2, 5, 5, generator=generator) < 0.5
     keep[:, 0] = True  # the same capacity for every seed
-    widths = torch.tensor([60, 25, 10 + seed, -1, 0], dtype=torch.int32)
     order = torch.randperm(TOKENS, generator=generator) if ordered else None
     return plan_from_blocks(
         keep[None],
-        partial=keep[None] & (torch.rand(5, 5, generator=generator) < 0.5) if banded else None,
-        band=Band(60, widths, 280, 20) if banded else None,
+        partial=keep[None] & (torch.rand(5, 5, generator=generator) < 0.5) if kind != "none" else None,
+        pair_test=make_test(seed, kind),
         order=order,
         q_len=TOKENS,
         kv_len=TOKENS,
@@ -39,19 +53,21 @@ def tensors() -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@pytest.mark.parametrize("banded", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["gather", "reference"])
-def test_operator_is_well_formed(banded: bool, backend: str) -> None:
-    plan = make_plan(1, banded=banded)
-    widths = None if plan.band is None else plan.band.widths
-    lists = (plan.indices, plan.counts, plan.full_counts, widths)
-    arguments = (*tensors(), *lists, 64, 64, 60, 280, 20, 32**-0.5, backend)
+def test_operator_is_well_formed(kind: str, backend: str) -> None:
+    plan = make_plan(1, kind=kind)
+    test = encode(plan.pair_test)
+    lists = (plan.indices, plan.counts, plan.full_counts, test.table, test.lookup, test.kind, test.numbers)
+    arguments = (*tensors(), *lists, 64, 64, 32**-0.5, backend)
     outcome = torch.library.opcheck(block_sparse_attention, arguments)
     assert set(outcome.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize(("banded", "ordered"), [(False, False), (True, False), (True, True)])
-def test_one_graph_serves_plans_of_the_same_shapes(banded: bool, ordered: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "ordered"), [*((kind, False) for kind in KINDS), ("band", True), ("neighborhood", True)]
+)
+def test_one_graph_serves_plans_of_the_same_shapes(kind: str, ordered: bool) -> None:
     counter = CompileCounterWithBackend("aot_eager")
 
     def layer(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan) -> Tensor:
@@ -62,8 +78,8 @@ def test_one_graph_serves_plans_of_the_same_shapes(banded: bool, ordered: bool) 
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     q, k, v = tensors()
     for seed in (1, 2, 3):
-        plan = make_plan(seed, banded=banded, ordered=ordered)
-        assert plan.density != make_plan(0, banded=banded).density
+        plan = make_plan(seed, kind=kind, ordered=ordered)
+        assert plan.density != make_plan(0, kind=kind).density
         torch.testing.assert_close(compiled(q, k, v, plan), layer(q, k, v, plan), rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1
     nodes = [node for graph in counter.graphs for node in graph.graph.nodes]

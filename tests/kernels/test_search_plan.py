@@ -12,12 +12,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.kernels.attend import attend
+from dit_accel.kernels.pair_tests import Band
 from dit_accel.kernels.search.always import always_blocks
 from dit_accel.kernels.search.mass import block_mass
 from dit_accel.kernels.search.plan import count_density, default_stride, dynamic_plan
 from dit_accel.kernels.search.pooled import pooled_scores, sub_block_scores
 from dit_accel.kernels.search.select import select_threshold, select_topk, select_topp
-from dit_accel.kernels.sparse_plan import Band, plan_from_blocks
+from dit_accel.kernels.sparse_plan import plan_from_blocks
 
 SIZES: dict[str, Any] = {"block_q": 32, "block_kv": 16}
 RULES: list[tuple[str, Any]] = [("topk", 4), ("topk", 0.3), ("topp", 0.8), ("threshold", 0.1)]
@@ -129,7 +130,7 @@ def test_density_is_counted_on_demand() -> None:
     assert len(counted.stats.density_per_head) == 3
     assert counted.stats.details == plan.stats.details and counted.indices is plan.indices
     band = Band(30, torch.tensor([30, 9, 5, 2, 0], dtype=torch.int32), 150)
-    banded = plan_from_blocks(torch.ones(5, 10, dtype=torch.bool), band=band, q_len=150, kv_len=150, **SIZES)
+    banded = plan_from_blocks(torch.ones(5, 10, dtype=torch.bool), pair_test=band, q_len=150, kv_len=150, **SIZES)
     assert count_density(banded).density == banded.density
 
 
@@ -175,6 +176,14 @@ def test_no_host_sync(score: Any, keep: Any, amount: Any, no_host_sync: None) ->
     options: dict[str, Any] = {**SIZES, "score": score, "keep": keep, "amount": amount}
     dynamic_plan(q, k, **options)
     dynamic_plan(q, k, **options, always=torch.ones(7, 10) > 0, always_q=[(0, 3)], always_kv=[(3, 9)], minimum=2)
+
+
+@pytest.mark.parametrize("variance", ["diag", "exact"])
+def test_no_host_sync_by_the_gaussian_rule(variance: Any, no_host_sync: None) -> None:
+    q, k = tensors()
+    options: dict[str, Any] = {**SIZES, "keep": "gaussian", "variance": variance}
+    dynamic_plan(q, k, **options, amount=1.0)
+    dynamic_plan(q, q, **options, amount=torch.ones(3, 1), always_q=[(0, 3)], always_kv=[(3, 9)], minimum=4)
 
 
 @pytest.mark.parametrize(("keep", "amount"), RULES)
@@ -229,8 +238,8 @@ def test_blocks_touched_by_ranges() -> None:
     assert torch.equal(marked, wanted)
 
 
-@pytest.mark.parametrize(("keep", "amount"), [("topk", 0.3), ("topp", 0.5)])
-@pytest.mark.parametrize("score", ["pooled", "lse"])
+@pytest.mark.parametrize(("keep", "amount"), [("topk", 0.3), ("topk", 3), ("topp", 0.5)])
+@pytest.mark.parametrize("score", SCORES)
 def test_search_and_attention_compile_to_one_graph(score: Any, keep: Any, amount: float) -> None:
     counter = CompileCounterWithBackend("aot_eager")
 

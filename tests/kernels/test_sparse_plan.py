@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.sparse_plan import Band, PlanStats, SparsePlan, plan_from_blocks
+from dit_accel.kernels.pair_tests import Band
+from dit_accel.kernels.sparse_plan import PlanStats, SparsePlan, plan_from_blocks
 
 FRAMES, FRAME_TOKENS, TEXT = 7, 15 * 13, 30
 TOKENS = FRAMES * FRAME_TOKENS
@@ -67,7 +68,7 @@ def test_lists_hold_full_then_partial_blocks_ascending(lead: tuple[int, int]) ->
     keep = blocks(TOKENS, TOKENS, 128, 128, *lead)
     partial = keep & blocks(TOKENS, TOKENS, 128, 128, *lead, seed=1)
     sizes: dict[str, Any] = {"q_len": TOKENS, "kv_len": TOKENS, "block_q": 128, "block_kv": 128}
-    plan = plan_from_blocks(keep, partial=partial, band=make_band(), **sizes)
+    plan = plan_from_blocks(keep, partial=partial, pair_test=make_band(), **sizes)
     assert torch.equal(plan.to_bool(full_only=True), keep & ~partial)
     for place in torch.cartesian_prod(*(torch.arange(n) for n in plan.counts.shape)).tolist():
         b, h, row = place
@@ -93,7 +94,7 @@ def test_band_matches_brute_force(sink: int, text: int) -> None:
 def test_pairs_per_block_counts_exactly(
     sink: int, block_q: int, block_kv: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dit_accel.kernels.sparse_plan._COUNT_CHUNK", 5000)
+    monkeypatch.setattr("dit_accel.kernels.pair_tests._COUNT_CHUNK", 5000)
     band, n = make_band(sink), TOKENS + TEXT
     mask = brute_band(band, n, n)
     wanted = [[int(t.sum()) for t in strip.split(block_kv, 1)] for strip in mask.split(block_q, 0)]
@@ -107,7 +108,7 @@ def test_density_counts_pairs(banded: bool, lead: tuple[int, int]) -> None:
     keep = blocks(n, n, 128, 64, *lead)
     band = make_band(FRAME_TOKENS) if banded else None
     partial = keep & blocks(n, n, 128, 64, seed=3) if banded else None
-    plan = plan_from_blocks(keep, partial=partial, band=band, q_len=n, kv_len=n, block_q=128, block_kv=64)
+    plan = plan_from_blocks(keep, partial=partial, pair_test=band, q_len=n, kv_len=n, block_q=128, block_kv=64)
     mask = brute_mask(keep, partial, band, (n, n, 128, 64))
     assert torch.equal(plan.element_mask(), mask)
     per_head = mask.double().mean((0, 2, 3)).tolist()
@@ -118,7 +119,7 @@ def test_density_counts_pairs(banded: bool, lead: tuple[int, int]) -> None:
 def test_band_alone_finds_the_blocks_it_cuts() -> None:
     sizes: dict[str, Any] = {"q_len": TOKENS, "kv_len": TOKENS, "block_q": 64, "block_kv": 64}
     everything = torch.ones_like(blocks(TOKENS, TOKENS, 64, 64))
-    plan = plan_from_blocks(everything, band=make_band(), **sizes)
+    plan = plan_from_blocks(everything, pair_test=make_band(), **sizes)
     assert torch.equal(plan.element_mask()[0, 0], brute_band(make_band(), TOKENS, TOKENS))
     assert not plan.to_bool().all()
     assert plan.to_bool(full_only=True).any()
@@ -147,9 +148,9 @@ def test_plan_is_immutable_and_knows_its_size() -> None:
 def test_to_moves_every_tensor() -> None:
     keep = blocks(TOKENS, TOKENS, 64, 64)
     sizes: dict[str, Any] = {"q_len": TOKENS, "kv_len": TOKENS, "block_q": 64, "block_kv": 64}
-    plan = plan_from_blocks(keep, partial=keep, band=make_band(), order=torch.arange(TOKENS), **sizes).to("meta")
-    assert plan.band is not None and plan.order is not None
-    tensors = (plan.indices, plan.counts, plan.full_counts, plan.order, plan.band.widths)
+    plan = plan_from_blocks(keep, partial=keep, pair_test=make_band(), order=torch.arange(TOKENS), **sizes).to("meta")
+    assert isinstance(plan.pair_test, Band) and plan.order is not None
+    tensors = (plan.indices, plan.counts, plan.full_counts, plan.order, plan.pair_test.widths)
     assert {t.device.type for t in tensors} == {"meta"}
 
 
@@ -161,7 +162,7 @@ def test_to_moves_every_tensor() -> None:
         ({"keep": torch.ones(1, 2, 2, dtype=torch.bool)}, "need"),
         ({"block_q": 0}, "block_q must be at least 1"),
         ({"kv_len": 0}, "kv_len must be at least 1"),
-        ({"partial": torch.ones(2, 2, dtype=torch.bool)}, "need a band"),
+        ({"partial": torch.ones(2, 2, dtype=torch.bool)}, "need a pair test"),
         ({"order": torch.arange(5)}, r"\(256,\)"),
         ({"order": torch.arange(256, dtype=torch.int32)}, "int64"),
         ({"kv_len": 200, "order": torch.arange(256)}, "alike"),
@@ -180,7 +181,9 @@ def test_builder_refuses(change: dict[str, Any], message: str) -> None:
 def test_builder_refuses_partial_blocks_that_are_not_kept() -> None:
     keep = torch.eye(11, dtype=torch.bool)
     with pytest.raises(ValueError, match="must be a kept block"):
-        plan_from_blocks(keep, partial=~keep, band=make_band(), q_len=TOKENS, kv_len=TOKENS, block_q=128, block_kv=128)
+        plan_from_blocks(
+            keep, partial=~keep, pair_test=make_band(), q_len=TOKENS, kv_len=TOKENS, block_q=128, block_kv=128
+        )
 
 
 @pytest.mark.parametrize(
@@ -220,7 +223,7 @@ def test_band_refuses(change: dict[str, Any], message: str) -> None:
 def test_plan_must_share_one_device() -> None:
     counts = torch.ones(1, 1, 2, dtype=torch.int32, device="meta")
     band = make_band()
-    with pytest.raises(ValueError, match="The band is on cpu"):
+    with pytest.raises(ValueError, match="The pair test is on cpu"):
         SparsePlan(
             256,
             256,
@@ -230,5 +233,5 @@ def test_plan_must_share_one_device() -> None:
             counts,
             counts,
             PlanStats(1.0, (1.0,)),
-            band=band,
+            pair_test=band,
         )

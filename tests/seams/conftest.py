@@ -165,15 +165,40 @@ def build_sd(xl: bool) -> Subject:
     return Subject(StableDiffusionPipeline(requires_safety_checker=False, **nothing, **parts), inputs)
 
 
+def build_flux() -> Subject:
+    """One double and two single blocks of ten text tokens and 8 x 6 image tokens; true guidance, one call a branch."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=24,
+        axes_dims_rope=(4, 4, 8),
+    )
+    vae = AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=1)
+    parts: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = FluxPipeline(transformer=transformer.eval(), vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
+    inputs = embeddings(32, pooled=24) | {"height": 16, "width": 12, "num_inference_steps": 2, "true_cfg_scale": 2.0}
+    return Subject(pipe, inputs)
+
+
 def build_image_subject(name: str) -> Subject:
-    """``"sd3"``, ``"sd35"``, ``"sd15"`` or ``"sdxl"``."""
+    """``"flux"``, ``"sd3"``, ``"sd35"``, ``"sd15"`` or ``"sdxl"``."""
     torch.manual_seed(0)
-    subject = build_sd3(name == "sd35") if name.startswith("sd3") else build_sd(name == "sdxl")
+    if name == "flux":
+        subject = build_flux()
+    else:
+        subject = build_sd3(name == "sd35") if name.startswith("sd3") else build_sd(name == "sdxl")
     subject.pipe.set_progress_bar_config(disable=True)
     return subject
 
 
 @pytest.fixture(scope="session")
 def make_image_subject() -> Callable[[str], Subject]:
-    """Builds ``"sd3"``, ``"sd35"``, ``"sd15"`` or ``"sdxl"``."""
+    """Builds ``"flux"``, ``"sd3"``, ``"sd35"``, ``"sd15"`` or ``"sdxl"``."""
     return build_image_subject

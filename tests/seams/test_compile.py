@@ -49,6 +49,30 @@ def test_blocks_compiled_one_by_one_share_their_graph(t2v):
         assert counter.frame_count == 1
 
 
+def test_blocks_compiled_one_by_one_keep_their_own_plans(t2v, make_tiny_wan):
+    """One graph serves alike blocks, but no block may run by what was decided for another, or for another model."""
+    other = make_tiny_wan(1).transformer
+    with dit_accel.accelerate(t2v.pipe, "radial", block=64, dense_steps=0, dense_layers=1):
+        eager = t2v.run(**RUN)
+        counter = CompileCounter()
+        t2v.pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
+        assert torch.equal(t2v.run(**RUN), eager)
+        assert counter.frame_count == 2
+    torch._dynamo.reset()
+    t2v.pipe.transformer, first = other, t2v.pipe.transformer
+    with (
+        dit_accel.accelerate(first, "radial", block=64, dense_steps=0, dense_layers=0) as handle,
+        dit_accel.accelerate(t2v.pipe, "radial", block=64, dense_steps=0, dense_layers=0, decay=1.0),
+    ):
+        eager = t2v.run(**RUN)
+        for root in (first, other):
+            root.compile_repeated_blocks(fullgraph=True, backend=counter)
+        handle.clock.set_step(0, 1)
+        shapes = ((1, 16, 7, 30, 26), (1, 16, 64))
+        first(torch.randn(shapes[0]), torch.tensor([900]), torch.randn(shapes[1]))
+        assert torch.equal(t2v.run(**RUN), eager)
+
+
 def test_removal_after_compiling_is_bit_equal(t2v):
     stock = t2v.run(**RUN)
     handle = dit_accel.accelerate(t2v.pipe, "radial", block=64, dense_steps=0, dense_layers=0)

@@ -1,4 +1,4 @@
-"""All three seams on Stable Diffusion 1.5, XL, 3 and 3.5: nothing changes, everything is seen, nothing is left."""
+"""All three seams on Flux and Stable Diffusion 1.5, XL, 3, 3.5: nothing changes, all is seen, nothing is left."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from dit_accel import AttentionMassRecorder, BlockRecorder
 from dit_accel.install import BoundProcessor
 from dit_accel.kernels.sparse_plan import plan_from_blocks
 from dit_accel.plan.radial import RULES, radial_plan
-from dit_accel.processors import RadialAttnProcessor, SparseAttnProcessor
+from dit_accel.processors import RadialAttnProcessor, StaticAttnProcessor
 
 SITES = {
+    "flux": {"joint": 3},
     "sd3": {"joint": 2},
     "sd35": {"joint": 2, "self": 1},
     "sd15": {"self": 4, "cross": 4},
     "sdxl": {"self": 5, "cross": 5},
 }
+BLOCKS = {
+    "flux": ["transformer_blocks.0", "single_transformer_blocks.0", "single_transformer_blocks.1"],
+    "sd3": ["transformer_blocks.0", "transformer_blocks.1"],
+    "sd35": ["transformer_blocks.0", "transformer_blocks.1"],
+}
+UNET_BLOCKS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
 KINDS = ("self", "joint", "cross")
 STEPS = 2
 
@@ -31,6 +38,11 @@ def name(request):
 @pytest.fixture
 def model(name, make_image_subject):
     return make_image_subject(name)
+
+
+def branches_of(name):
+    """Flux calls its model once for each branch of guidance, the others once for both."""
+    return ["cond", "uncond"] if name == "flux" else ["call0"]
 
 
 class Notes(dit_accel.AttentionControl):
@@ -63,7 +75,7 @@ def test_watching_alone_is_bit_equal(name, model):
     recorder, blocks = AttentionMassRecorder(16, kinds=KINDS), BlockRecorder()
     with dit_accel.accelerate(model.pipe, controls=[recorder], block_hooks=[blocks]):
         assert torch.equal(model.run(), stock)
-    assert len(recorder.masses) == STEPS * sum(SITES[name].values())
+    assert len(recorder.masses) == STEPS * sum(SITES[name].values()) * len(branches_of(name))
     for mass in recorder.masses.values():
         assert torch.allclose(mass.sum(-1), torch.ones(mass.shape[:2]), atol=1e-5)
 
@@ -94,13 +106,15 @@ def test_second_run_equals_a_fresh_run(model):
         assert torch.equal(model.run(), second)
 
 
-def test_another_size_starts_one_new_generation(model):
+def test_another_size_starts_one_new_generation(name, model):
     sizes = {"latents": torch.randn(1, 4, 8, 12)} if "latents" in model.inputs else {"height": 8, "width": 20}
     with dit_accel.accelerate(model.pipe, controls=[notes := Notes()]):
         model.run(num_inference_steps=3)
         model.run(**sizes)
     states = list(dict.fromkeys(call.state for call, *_ in notes.calls))
-    assert [(state.generation, state.step, state.steps) for state in states[3:]] == [(1, 0, 2), (1, 1, 2)]
+    calls = len(branches_of(name))
+    places = [(state.generation, state.step, state.steps) for state in states[3 * calls :]]
+    assert places == [(1, step, 2) for step in range(2) for _ in range(calls)]
 
 
 def test_a_batch_equals_its_samples(model):
@@ -114,15 +128,16 @@ def test_a_batch_equals_its_samples(model):
 
 
 def test_calls_say_where_and_when_they_are(name, model):
-    """Guidance is batched, so a step is one call and one branch; every layout fits its call."""
+    """Every call has its step and branch, and every layout fits its call."""
     notes = Notes()
     with dit_accel.accelerate(model.pipe, controls=[notes]):
         model.run()
     states = dict.fromkeys(call.state for call, *_ in notes.calls)
-    assert [(state.step, state.steps, state.branch) for state in states] == [(i, STEPS, "call0") for i in range(STEPS)]
+    wanted = [(step, STEPS, branch) for step in range(STEPS) for branch in branches_of(name)]
+    assert [(state.step, state.steps, state.branch) for state in states] == wanted
     for kind, count in SITES[name].items():
         layers = [(call.site.layer, call.site.layers) for call, *_ in notes.calls if call.site.kind == kind]
-        assert layers == [(i, count) for i in range(count)] * STEPS  # numbered in execution order
+        assert layers == [(i, count) for i in range(count)] * len(wanted)  # numbered in execution order
     for call, queries, keys in notes.calls:
         assert queries == call.layout.length
         assert keys == (10 if call.site.kind == "cross" else queries)
@@ -169,8 +184,7 @@ def test_block_hooks_run_in_execution_order_and_can_change_a_block(name, model):
     stock, hook = model.run(num_inference_steps=1), SkipLast()
     with dit_accel.accelerate(model.pipe, block_hooks=[hook]):
         assert not torch.allclose(model.run(num_inference_steps=1), stock)
-    unet = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
-    assert hook.paths == (["transformer_blocks.0", "transformer_blocks.1"] if name.startswith("sd3") else unet)
+    assert hook.paths == BLOCKS.get(name, UNET_BLOCKS) * len(branches_of(name))
 
 
 @pytest.mark.parametrize("compiled", ["sd35", "sd15"])
@@ -187,7 +201,7 @@ def test_compiled_models_are_one_graph_with_a_control_and_one_without(compiled, 
     assert torch.equal(subject.run(), stock) and not torch.allclose(eager, stock)
 
 
-class Window(SparseAttnProcessor):
+class Window(StaticAttnProcessor):
     """A block of queries sees the blocks beside it; with a wide window, everything."""
 
     block = 64
@@ -219,7 +233,7 @@ def test_sparse_methods_get_the_layout_of_each_site(name, model):
         assert report.fallbacks == {} and all(site.dense_calls == 0 for site in report.sites)
         kinds = [site.kind for site in report.sites]
         assert {kind: kinds.count(kind) for kind in kinds} == {k: n for k, n in SITES[name].items() if k != "cross"}
-        assert len(recipe.layouts) == len(set(recipe.layouts)) == {"sd3": 1}.get(name, 2)  # each built once
+        assert len(recipe.layouts) == len(set(recipe.layouts)) == {"sd3": 1, "flux": 1}.get(name, 2)  # each once
 
 
 def test_methods_that_live_on_frames_refuse_images(model):

@@ -1,0 +1,80 @@
+"""Flux.1: images; text and image tokens attend jointly, the text first, in double blocks and in single ones.
+
+Images that are given to the model (Kontext) follow the image that is made.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..layout import TokenLayout
+from .registry import Family, register_family
+
+_Grid = tuple[int, int, tuple[int, ...]]  # height and width of the image, tokens of each reference image
+_GRIDS: MutableMapping[torch.Tensor, tuple[int, _Grid]] = WeakTensorKeyDictionary()
+
+
+def _layout(root: Any, arguments: Mapping[str, Any]) -> TokenLayout:
+    text, ids = arguments["encoder_hidden_states"].shape[1], arguments["img_ids"]
+    height, width, references = _grid(ids)
+    stop = text + height * width
+    if stop - text + sum(references) != arguments["hidden_states"].shape[1]:
+        raise ValueError(
+            f"img_ids of shape {tuple(ids.shape)} do not fit hidden_states with "
+            f"{arguments['hidden_states'].shape[1]} tokens; give one row of ids for each token"
+        )
+    edges = list(itertools.accumulate(references, initial=stop))
+    return TokenLayout(
+        (1, height, width), (text, stop), text=(0, text) if text else None, references=tuple(itertools.pairwise(edges))
+    )
+
+
+def _grid(ids: torch.Tensor) -> _Grid:
+    """Reads the packed grid off its ids; once per tensor, since that waits for the device."""
+    version = 0 if ids.is_inference() else ids._version  # who writes into it makes it another grid
+    known = _GRIDS.get(ids)
+    if known is None or known[0] != version:
+        known = (version, _read_grid(ids))
+        _GRIDS[ids] = known
+    return known[1]
+
+
+def _read_grid(ids: torch.Tensor) -> _Grid:
+    """Ids are (image, row, column). In bfloat16 large ones are rounded, so rows are told apart, not numbered."""
+    table = (ids[0] if ids.ndim == 3 else ids).detach().float().cpu()
+    images, counts = torch.unique_consecutive(table[:, 0], return_counts=True)
+    rows, columns = table[: counts[0], 1], table[: counts[0], 2]
+    width = int(torch.unique_consecutive(rows, return_counts=True)[1][0])
+    height = len(rows) // width
+    raster = (height, width)
+    if len(rows) != height * width or not (
+        torch.equal(columns, columns[:width].repeat(height))
+        and torch.equal(rows, rows[::width].repeat_interleave(width))
+    ):
+        raise ValueError(
+            "img_ids do not number the tokens of an image row by row, so dit_accel cannot tell its grid; pass them as "
+            f"FluxPipeline makes them (the first of {len(images)} images has {len(rows)} tokens, {raster} was tried)"
+        )
+    return height, width, tuple(counts[1:].tolist())
+
+
+def _site_kind(path: str, module: nn.Module) -> str | None:
+    return "joint" if path.startswith(("transformer_blocks.", "single_transformer_blocks.")) else None
+
+
+FLUX = register_family(
+    Family(
+        root_class="FluxTransformer2DModel",
+        layout=_layout,
+        site_kind=_site_kind,
+        block_lists=("transformer_blocks", "single_transformer_blocks"),
+        pipeline_roots=("transformer",),
+        makes_video=False,
+    )
+)
