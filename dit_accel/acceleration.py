@@ -123,6 +123,7 @@ class Acceleration:
 
     def _before(self, installed: RootInstallation, state: StepState) -> None:
         """Decides for every site what its next call does; runs before each root call, outside compiled code."""
+        self._refuse_recomputation(installed.root)
         if self._steps[0] != state.generation:
             self._steps = (state.generation, set())
         self._steps[1].add(state.step)
@@ -136,6 +137,19 @@ class Acceleration:
                 site.prepare(state, search=processor, device=device, renew=renew)
             else:
                 site.prepare(state, self._plan(site, site.layout or state.layout, device))
+
+    def _refuse_recomputation(self, root: nn.Module) -> None:
+        """Blocks recomputed for the backward pass run after the call, when sites are stock again: another function."""
+        if (
+            self.processor is not None
+            and torch.is_grad_enabled()
+            and getattr(root, "is_gradient_checkpointing", False)
+        ):
+            raise NotImplementedError(
+                f"{type(self.processor).__name__} does not work with gradient checkpointing yet: blocks would be "
+                f"recomputed dense. Call {type(root).__name__}.disable_gradient_checkpointing(), or run under "
+                "torch.no_grad()"
+            )
 
     def _has_drifted(self, installed: RootInstallation, state: StepState) -> bool:
         """Whether what the sites measured last asks for a search of all together: apart they would be many graphs."""

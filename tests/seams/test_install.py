@@ -167,3 +167,23 @@ def test_a_foreign_processor_put_later_is_reported(t2v):
         t2v.run()
         assert "another attention processor" in handle.report().fallbacks["transformer:blocks.0.attn1"]
     assert type(t2v.pipe.transformer.blocks[0].attn1.processor) is WanAttnProcessor
+
+
+def test_gradient_checkpointing_is_refused_with_a_way_out(t2v):
+    """Blocks would be recomputed dense, after the call whose plans they followed."""
+    channels = t2v.root.config.in_channels
+    inputs = {
+        "hidden_states": torch.randn(1, channels, 3, 8, 8),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 6, t2v.root.config.text_dim),
+    }
+    t2v.root.enable_gradient_checkpointing()
+    with dit_accel.accelerate(t2v.root, "radial", block=64, dense_steps=0, dense_layers=0) as handle:
+        handle.clock.set_step(0, 1)
+        with pytest.raises(NotImplementedError, match="disable_gradient_checkpointing"):
+            t2v.root(**inputs)
+        with torch.no_grad():
+            t2v.root(**inputs)
+        t2v.root.disable_gradient_checkpointing()
+        t2v.root(**inputs).sample.sum().backward()
+    assert all(site.sparse_calls == 2 for site in handle.report().sites)
