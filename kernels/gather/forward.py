@@ -116,12 +116,17 @@ def _attend_group(
     """Runs rows `members`, which list `count` blocks each; the last `cut` gathered keys do not exist."""
     keys, dim = count * plan.block_kv, data.q.shape[-1]
     step = _rows_per_call(data.q, keys * dim * 2, plan.block_q * keys)
+    # Fresh memory for every call would cost as much in page faults as the gathering itself.
+    held = min(step, members.numel()) * count
+    k_held, v_held = (x.new_empty(held, x.shape[1]) for x in (data.k, data.v))
     for begin in range(0, members.numel(), step):
         rows = members[begin : begin + step]
         base = torch.div(rows, plan.num_q_blocks, rounding_mode="floor") * plan.num_kv_blocks
         blocks = (indices[rows, :count] + base[:, None]).reshape(-1)
-        k = data.k.index_select(0, blocks).view(rows.numel(), keys, dim)[:, : keys - cut]
-        v = data.v.index_select(0, blocks).view(rows.numel(), keys, dim)[:, : keys - cut]
+        k, v = (
+            torch.index_select(x, 0, blocks, out=out[: blocks.numel()]).view(rows.numel(), keys, dim)[:, : keys - cut]
+            for x, out in ((data.k, k_held), (data.v, v_held))
+        )
         out, lse = dense_attention(data.q.index_select(0, rows), k, v, scale)
         data.out.index_copy_(0, rows, out)
         data.lse.index_copy_(0, rows, lse)
