@@ -41,9 +41,10 @@ class _Tiles(NamedTuple):
 
 
 # Tiles by (GPU generation, kernel, padded head dim, bytes per element); "any" is for generations without a row of
-# their own.  None of them spills registers under a band and a short tail but float32, where the owned tile split for
-# three TF32 products fills them by itself: at head dim 128 8 bytes per thread in dQ (sm_90), at head dim 256 112 bytes
-# in dQ and 288 in dK and dV (sm_80).
+# their own.  Under a band and a short tail the 16-bit ones spill no registers at head dims 64 and 128, and 8 bytes per
+# thread at two others (dK and dV, 40 on sm_90; dQ, 256 on sm_100).  In float32 the owned tile split for three TF32
+# products fills the registers by itself: dQ spills 8, 24 and 32 bytes at head dim 128 on sm_90, sm_89 and sm_120, at
+# 256 112 on sm_80, where dK and dV spill 288.
 _TILES = {
     ("any", "dq", 64, 2): _Tiles(128, 64, 32, 8, 2),
     ("any", "dq", 128, 2): _Tiles(128, 32, 16, 8, 2),
