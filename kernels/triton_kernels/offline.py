@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .backward import delta_kernel, dkv_kernel, dq_kernel
 from .backward_config import backward_config, backward_constants, delta_constants
+from .backward_kernels import delta_kernel, dkv_kernel, dq_kernel
 from .forward import forward_kernel
 from .forward_config import forward_precision, kernel_constants, launch_config
 from .options import DEFAULT_OPTIONS, KernelOptions

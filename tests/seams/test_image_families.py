@@ -247,3 +247,13 @@ def test_methods_that_live_on_frames_refuse_images(model):
         with pytest.raises(ValueError, match=message):
             install()
         assert not any(isinstance(processor, BoundProcessor) for processor in model.root.attn_processors.values())
+
+
+@pytest.mark.parametrize("method", ["neighborhood", "block_routing", "adaspa", "vmoba", "compensated"])
+def test_every_other_method_runs(name, model, method):
+    dense = model.run()
+    with dit_accel.accelerate(model.pipe, method, dense_steps=0, dense_layers=0, block=64) as handle:
+        assert torch.isfinite(model.run()).all()
+        report = handle.report()
+    assert report.fallbacks == {} and all(site.sparse_calls > 0 for site in report.sites)
+    assert torch.equal(model.run(), dense)
