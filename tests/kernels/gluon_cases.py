@@ -23,6 +23,8 @@ else:  # the runner finds cases beside itself
 
 gluon_emulator.install()
 
+TRIES = 20  # orders of events; from 50 seeds no mistake below stayed unseen in more than six
+
 from dit_accel.kernels.triton_kernels import gluon_kernel, hopper  # noqa: E402  (after the stand-ins)
 
 
@@ -95,11 +97,10 @@ def mistakes_in_the_protocol_are_found() -> None:
         ("mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)", "mbarrier.wait(k_full.index(slot), 0)"),
         ("mbarrier.arrive(v_empty.index(before), count=1)", "pass"),
     )
-    gluon_emulator.DEADLOCK_SECONDS = 1.0
     for right, wrong in mistakes:
         kernel = _mistaken(right, wrong)
         try:
-            found = any(off(*call, kernel=kernel) for _ in range(5))
+            found = any(off(*call, kernel=kernel) for _ in range(TRIES))
         except (TimeoutError, AssertionError):
             found = True
         assert found, f"{wrong!r} in place of {right!r} made no difference"
@@ -108,7 +109,7 @@ def mistakes_in_the_protocol_are_found() -> None:
 def loads_nobody_waits_for_are_found() -> None:
     plan = plan_from_blocks(torch.zeros(1, 2, dtype=torch.bool), q_len=90, kv_len=100, block_q=128, block_kv=64)
     kernel = _mistaken("    if steps > 0:\n        for part in", "    if True:\n        for part in")
-    for _ in range(10):
+    for _ in range(TRIES):
         try:
             run(*tensors(1, 1, 90, 100, 64, torch.float32), plan, kernel=kernel)
         except AssertionError as found:

@@ -1,33 +1,30 @@
 """Just enough of Gluon, in Python threads, to run the Hopper kernel on a CPU.
 
-Triton's interpreter cannot run Gluon.  What compiling does not show is whether the kernel's warps wait for each other
-rightly, so this stands in for the modules it imports and runs its very source: a thread for each partition, barriers
-with phases and byte counts as the hardware has, and memory that behaves as badly as it may.  Loads arrive late, and a
-product reads its operands only when it is waited for, so a slot that is freed too early gives a wrong result; threads
-that wait for ever raise.  Layouts mean nothing here.
+Triton's interpreter cannot run Gluon.  What compiling does not show is whether the kernel's warps wait for each
+other rightly, so this stands in for the modules it imports and runs its very source: barriers with phases and byte
+counts as the hardware has, and memory that behaves as badly as it may.  A product reads its operands only when it is
+waited for, so a slot that is freed too early gives a wrong result.  One partition runs at a time; `gluon_turns`
+chooses whose turn it is and when a load arrives, from a seed and not from the clock, so every run meets the same
+orders.  Layouts mean nothing here.
 """
 
 from __future__ import annotations
 
-import random
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-DEADLOCK_SECONDS = 20.0
+if TYPE_CHECKING:
+    from tests.kernels import gluon_turns
+else:  # the runner finds modules beside itself
+    import gluon_turns
+
 _here = threading.local()
-_loads: set[threading.Thread] = set()
-
-
-def _dawdle() -> None:
-    if random.random() < 0.3:
-        time.sleep(random.random() * 2e-3)
 
 
 class Pointer:
@@ -69,7 +66,6 @@ class Barrier:
     """An mbarrier: a phase ends when all arrivals and all announced bytes are there."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
         self.count = self.missing = self.bytes = self.phase = 0
 
     def init(self, count: int) -> None:
@@ -78,20 +74,20 @@ class Barrier:
 
     def move(self, arrivals: int, size: int) -> None:
         """Counts arrivals, and bytes that are announced (positive) or there (negative)."""
-        with self.changed:
-            self.missing -= arrivals
-            self.bytes += size
-            assert self.missing >= 0, "more arrivals than the barrier was set up for"
-            if self.missing == 0 and self.bytes == 0:
-                self.phase, self.missing = self.phase + 1, self.count
-                self.changed.notify_all()
+        self.missing -= arrivals
+        self.bytes += size
+        assert self.missing >= 0, "more arrivals than the barrier was set up for"
+        if self.missing == 0 and self.bytes == 0:
+            self.phase, self.missing = self.phase + 1, self.count
+
+    def arrive(self, count: int) -> None:
+        """Arrives, and lets others go on."""
+        self.move(count, 0)
+        gluon_turns.give_turn()
 
     def wait(self, parity: int) -> None:
         """Waits until the phase of this parity is over; the one before the first counts as over."""
-        _dawdle()
-        with self.changed:
-            if not self.changed.wait_for(lambda: self.phase & 1 != int(parity), DEADLOCK_SECONDS):
-                raise TimeoutError("deadlock: a barrier was never completed")
+        gluon_turns.give_turn(lambda: self.phase & 1 != int(parity))
 
 
 class Shared:
@@ -140,18 +136,14 @@ class Descriptor:
 
 
 def load_tile(descriptor: Descriptor, at: Sequence[Any], barrier: Barrier, target: Shared) -> None:
-    """Starts a load that ends some time later, in another thread."""
+    """Starts a load that arrives when it is its turn."""
     row = int(at[0])
 
     def arrive() -> None:
-        _dawdle()
         target.memory.copy_(descriptor.read(row))
-        _loads.remove(thread)
         barrier.move(0, -descriptor.block_type.nbytes)
 
-    thread = threading.Thread(target=arrive)
-    _loads.add(thread)
-    thread.start()
+    gluon_turns.start_load(arrive)
 
 
 class Product:
@@ -179,7 +171,7 @@ def warpgroup_mma(a: Any, b: Shared, acc: Tensor, *, use_acc: bool = True, is_as
 
 def warpgroup_mma_wait(outstanding: int, deps: Sequence[Any]) -> Any:
     """Finishes all products but the latest."""
-    _dawdle()
+    gluon_turns.give_turn()
     while len(_here.under_way) > outstanding:
         _here.under_way.pop(0).finish()
     found = tuple(x.value if isinstance(x, Product) else x for x in deps)
@@ -188,24 +180,10 @@ def warpgroup_mma_wait(outstanding: int, deps: Sequence[Any]) -> Any:
 
 
 def warp_specialize(partitions: Sequence[Any], warps: Sequence[int], registers: Sequence[int]) -> None:
-    """Runs the partitions, each in a thread; behind it the program ends."""
+    """Runs the partitions in turns; behind it the program ends."""
     assert len(warps) == len(registers) == len(partitions) - 1
-    failures: list[Exception] = []
-
-    def run(function: Callable[..., None], arguments: Sequence[Any]) -> None:
-        try:
-            function(*arguments)
-        except Exception as failure:
-            failures.append(failure)
-
-    threads = [threading.Thread(target=run, args=partition) for partition in partitions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    assert not _loads, "the program ends with loads under way, and their memory goes to the next one"
+    left = gluon_turns.run(partitions)
+    assert not left, "the program ends with loads under way, and their memory goes to the next one"
 
 
 class Kernel:
@@ -279,7 +257,7 @@ def install() -> None:
         MBarrierLayout=_Layout,
         init=lambda barrier, count: barrier.init(count),
         expect=lambda barrier, size: barrier.move(1, size),
-        arrive=lambda barrier, count: barrier.move(count, 0),
+        arrive=lambda barrier, count: barrier.arrive(count),
         wait=lambda barrier, phase: barrier.wait(phase),
     )
     hopper = _module(
