@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .ops import block_sparse_attention
 from .pair_tests import encode
+from .permute import permuted, put_back
 from .residual import Residual, check_residual
 from .sparse_plan import SparsePlan
 from .support import BACKENDS, DTYPES, NAMES, Call, Support, check, choose
@@ -66,7 +67,7 @@ def attend(
         v: `[B, H, kv_len, D]`, likewise.
         plan: Who attends to whom, on the same device.
         residual: Means that stand in for the blocks that a row does not list, from `block_residual(k, v,
-            plan.block_kv, order=plan.order)`; gradients flow through it, too.  None: those blocks count nothing.
+            plan.block_kv, order=plan.key_order)`; gradients flow through it, too.  None: those blocks count nothing.
         scale: Positive factor on the scores; `D ** -0.5` by default.
         return_lse: Also return the log-sum-exp of the scaled scores.
         backend: "auto" (Triton on a GPU, gather elsewhere) or one of `BACKENDS`; "flex" and "xformers" only if named.
@@ -89,8 +90,7 @@ def attend(
         raise ValueError(f"scale must be positive, got {scale}. Leave it out for head_dim ** -0.5.")
     if residual is not None:
         check_residual(residual, k, plan)
-    if plan.order is not None:
-        q, k, v = (t.index_select(2, plan.order) for t in (q, k, v))
+    q, k, v = permuted(q, plan.order), permuted(k, plan.key_order), permuted(v, plan.key_order)
     test = encode(plan.pair_test)
     out, lse = block_sparse_attention(
         q,
@@ -109,10 +109,8 @@ def attend(
         backend,
         *(() if residual is None else (residual.k_mean, residual.v_sum, residual.sizes)),
     )
-    if plan.order is not None:
-        out = torch.empty_like(out).index_copy_(2, plan.order, out)
-        lse = torch.empty_like(lse).index_copy_(2, plan.order, lse) if return_lse else lse
-    return (out, lse) if return_lse else out
+    out = put_back(out, plan.order)
+    return (out, put_back(lse, plan.order)) if return_lse else out
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, *, residual: Residual | None = None) -> list[Support]:
@@ -163,11 +161,15 @@ def _check_plan(q: Tensor, k: Tensor, plan: SparsePlan) -> None:
             f"The plan is for {plan.q_len} queries and {plan.kv_len} keys, the tensors hold {q.shape[2]} and "
             f"{k.shape[2]}. Build the plan for this shape."
         )
-    batch, heads = plan.indices.shape[:2]
-    if batch not in (1, q.shape[0]) or heads not in (1, q.shape[1]):
-        raise ValueError(
-            f"The plan has lists for batch {batch} and {heads} heads; accepted are 1 or {q.shape[0]} batch items and "
-            f"1 or {q.shape[1]} heads."
-        )
+    parts = {"lists": plan.indices, "an order": plan.order, "a kv_order": plan.kv_order}
+    for name, part in parts.items():
+        if part is None or part.ndim == 1:
+            continue
+        batch, heads = part.shape[:2]
+        if batch not in (1, q.shape[0]) or heads not in (1, q.shape[1]):
+            raise ValueError(
+                f"The plan has {name} for batch {batch} and {heads} heads; accepted are 1 or {q.shape[0]} batch items "
+                f"and 1 or {q.shape[1]} heads."
+            )
     if plan.device != q.device:
         raise ValueError(f"The plan is on {plan.device}, q is on {q.device}. Move it with plan.to(q.device).")

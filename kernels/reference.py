@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .permute import inverse_order
 from .residual import Residual
 from .residual_attention import Centroids
 from .sparse_plan import SparsePlan
@@ -50,7 +51,12 @@ def reference_attention(
 
 def _unlisted(plan: SparsePlan) -> Tensor:
     """Bool `[B|1, H|1, q_len, NK]`: blocks that a query's row does not list, queries in the ORIGINAL token order."""
+    unlisted = ~plan.to_bool()
     rows = torch.arange(plan.q_len, device=plan.device) // plan.block_q
-    if plan.order is not None:
-        rows = rows[torch.argsort(plan.order)]
-    return ~plan.to_bool()[:, :, rows]
+    if plan.order is None:
+        return unlisted[:, :, rows]
+    rows = rows[inverse_order(plan.order)]
+    if rows.ndim == 1:
+        return unlisted[:, :, rows]
+    lead = torch.broadcast_shapes(unlisted.shape[:2], rows.shape[:2])
+    return unlisted.expand(*lead, -1, -1).gather(2, rows[..., None].expand(*lead, -1, unlisted.shape[-1]))

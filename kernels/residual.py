@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .permute import permuted
 from .search.inputs import SEARCH_BACKENDS, check_block, tokens_per_block
 from .search.pooled import block_means, differentiable_means
 from .sparse_plan import SparsePlan
@@ -28,7 +29,7 @@ class Residual:
         k_mean: float32 `[B, H, NK, D]`, mean key of each block.
         v_sum: float32 `[B, H, NK, D]`, sum of the values of each block.
         sizes: float32 `[NK]`, keys in each block; one of size 0 contributes nothing.
-        ordered: Whether the blocks are cut from tokens in the order of a plan, `SparsePlan.order`.
+        ordered: Whether the blocks are cut from tokens in the order of a plan, `SparsePlan.key_order`.
     """
 
     k_mean: Tensor
@@ -61,7 +62,7 @@ def block_residual(
         k: `[B, H, kv_len, D]`, float32, float16 or bfloat16, any strides, tokens in their own order.
         v: `[B, H, kv_len, D]`, likewise.
         block_kv: Keys per block, `SparsePlan.block_kv`; the last block may be short.
-        order: `SparsePlan.order` of the plan that the residual goes with, if it has one.
+        order: `SparsePlan.key_order` of the plan that the residual goes with, if it has one.
         backend: Who takes the means: "auto", "torch" or "triton".  Under torch.compile, and where a
             gradient will flow, it is always torch.
 
@@ -74,8 +75,7 @@ def block_residual(
     _check_keys(k, v, block_kv, order)
     if backend not in ("auto", *SEARCH_BACKENDS):
         raise ValueError(f"Unknown search backend {backend!r}. Choose 'auto' or one of {', '.join(SEARCH_BACKENDS)}.")
-    if order is not None:
-        k, v = k.index_select(2, order), v.index_select(2, order)
+    k, v = permuted(k, order), permuted(v, order)
     sizes = tokens_per_block(k.shape[2], block_kv, -(-k.shape[2] // block_kv), k.device)
     k_mean, v_mean = (_means(x.transpose(1, 2), block_kv, backend) for x in (k, v))
     return Residual(k_mean, v_mean * sizes[:, None], sizes, ordered=order is not None)
@@ -93,17 +93,17 @@ def check_residual(residual: Residual, k: Tensor, plan: SparsePlan) -> None:
         ValueError: Its shape, device or order do not fit.
     """
     block_kv = plan.block_kv
-    if residual.ordered != (plan.order is not None):
+    if residual.ordered != (plan.key_order is not None):
         have, lack = ("residual", "plan") if residual.ordered else ("plan", "residual")
         raise ValueError(
             f"The {have} has a token order, the {lack} has none. Build the residual with block_residual(k, v, "
-            "plan.block_kv, order=plan.order)."
+            "plan.block_kv, order=plan.key_order)."
         )
     wanted = (*k.shape[:2], -(-k.shape[2] // block_kv), k.shape[3])
     if residual.k_mean.shape != wanted:
         raise ValueError(
             f"The residual has centroids of shape {tuple(residual.k_mean.shape)}; {k.shape[2]} keys in blocks of "
-            f"{block_kv} need {wanted}. Build it with block_residual(k, v, plan.block_kv, order=plan.order)."
+            f"{block_kv} need {wanted}. Build it with block_residual(k, v, plan.block_kv, order=plan.key_order)."
         )
     if residual.k_mean.device != k.device:
         raise ValueError(
@@ -130,10 +130,16 @@ def _check_keys(k: Tensor, v: Tensor, block_kv: int, order: Tensor | None) -> No
             f"k is {k.dtype} on {k.device}, v is {v.dtype} on {v.device}; accepted are float32, float16 and bfloat16, "
             "the same for both."
         )
-    if order is not None and (order.dtype != torch.int64 or tuple(order.shape) != (k.shape[2],)):
+    per_head = (k.shape[2],) if order is None or order.ndim == 1 else (*_lead(order, k), k.shape[2])
+    if order is not None and (order.dtype != torch.int64 or tuple(order.shape) != per_head):
         raise ValueError(
-            f"order must be int64 of shape ({k.shape[2]},), got {order.dtype} of {tuple(order.shape)}. "
-            "Pass SparsePlan.order."
+            f"order must be int64 of shape ({k.shape[2]},), or that behind {k.shape[0]} or 1 batch items and "
+            f"{k.shape[1]} or 1 heads, got {order.dtype} of {tuple(order.shape)}. Pass SparsePlan.key_order."
         )
     if order is not None and order.device != k.device:
         raise ValueError(f"order is on {order.device}, k is on {k.device}. Move it with order.to(k.device).")
+
+
+def _lead(order: Tensor, k: Tensor) -> tuple[int, ...]:
+    """The first dimensions that an order per head should have: 1, or those of k."""
+    return tuple(1 if n == 1 else m for n, m in zip(order.shape[:-1], k.shape[:2], strict=False))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .bitmap import Bitmap
 from .pair_tests import Neighborhood, PairTest, block_area
+from .permute import inverse_order
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class SparsePlan:
         full_counts: int32, same shape, how many of them are FULL (no element test).
         stats: Density and origin.
         pair_test: Element test of the PARTIAL blocks, for plan positions.  None: every listed block is FULL.
-        order: int64 `[N]` or None.  Plan position p holds token `order[p]`; the same for queries and keys.
+        order: int64 `[N]`, or `[B|1, H|1, N]` where heads differ, or None.  Plan position p holds token
+            `order[..., p]`; for queries, and for keys unless these have an order of their own.
+        kv_order: int64 `[kv_len]` or `[B|1, H|1, kv_len]`, likewise for keys alone.  None: that of the queries.
         always_q: Query ranges `(start, stop)` that see everything.  They are in the lists already; for reports.
         always_kv: Key ranges that everyone sees, likewise.
     """
@@ -66,11 +69,12 @@ class SparsePlan:
     order: Tensor | None = None
     always_q: tuple[tuple[int, int], ...] = ()
     always_kv: tuple[tuple[int, int], ...] = ()
+    kv_order: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_lengths(self.q_len, self.kv_len, self.block_q, self.block_kv)
         _check_lists(self)
-        _check_order(self.order, self.q_len, self.kv_len, self.indices.device)
+        _check_orders(self)
         _check_ranges("always_q", self.always_q, self.q_len)
         _check_ranges("always_kv", self.always_kv, self.kv_len)
         if self.pair_test is not None:
@@ -92,6 +96,11 @@ class SparsePlan:
         return self.indices.device
 
     @property
+    def key_order(self) -> Tensor | None:
+        """In which order the keys stand, `kv_order` or `order`; None: in their own."""
+        return self.order if self.kv_order is None else self.kv_order
+
+    @property
     def density(self) -> float:
         """Kept pairs over all pairs, `stats.density`."""
         return self.stats.density
@@ -99,7 +108,7 @@ class SparsePlan:
     @property
     def nbytes(self) -> int:
         """Bytes held by the plan's tensors."""
-        tensors = [self.indices, self.counts, self.full_counts, self.order]
+        tensors = [self.indices, self.counts, self.full_counts, self.order, self.kv_order]
         tensors += [] if self.pair_test is None else self.pair_test.tensors()
         unique = {id(t): t for t in tensors if t is not None}
         return sum(t.numel() * t.element_size() for t in unique.values())
@@ -115,6 +124,7 @@ class SparsePlan:
             full_counts=self.full_counts.to(device),
             pair_test=None if self.pair_test is None else self.pair_test.to(device),
             order=None if self.order is None else self.order.to(device),
+            kv_order=None if self.kv_order is None else self.kv_order.to(device),
         )
 
     def to_bool(self, *, full_only: bool = False) -> Tensor:
@@ -145,8 +155,9 @@ class SparsePlan:
             kv = torch.arange(self.kv_len, device=self.device)[None, :]
             mask &= self._expand(self.to_bool(full_only=True)) | self.pair_test.keeps(q, kv)
         if self.order is not None:
-            position = torch.argsort(self.order)
-            mask = mask[..., position, :][..., position]
+            mask = _in_token_order(mask, self.order)
+        if self.key_order is not None:
+            mask = _in_token_order(mask.transpose(-1, -2), self.key_order).transpose(-1, -2)
         return mask
 
     def _expand(self, blocks: Tensor) -> Tensor:
@@ -164,6 +175,7 @@ def plan_from_blocks(
     partial: Tensor | None = None,
     pair_test: PairTest | None = None,
     order: Tensor | None = None,
+    kv_order: Tensor | None = None,
     always_q: Sequence[tuple[int, int]] = (),
     always_kv: Sequence[tuple[int, int]] = (),
     method: str = "custom",
@@ -183,7 +195,8 @@ def plan_from_blocks(
             pair.  With a test and no `partial`, the blocks it cuts are found here and those it empties are dropped.
         pair_test: Element test of the partial blocks, for plan positions.  A `Neighborhood` without `raster` is given
             the one of `order`, so it sees the tokens where they stand on the grid.
-        order: int64 `[N]` token permutation, see `SparsePlan.order`.
+        order: int64 token permutation, see `SparsePlan.order`.
+        kv_order: That of the keys, if it is another, see `SparsePlan.kv_order`.
         always_q: Query ranges that see everything, for reports.
         always_kv: Key ranges that everyone sees, for reports.
         method: Name of the method.
@@ -203,6 +216,7 @@ def plan_from_blocks(
     if pair_test is not None:
         pair_test = pair_test.to(keep.device)
         if isinstance(pair_test, Neighborhood) and order is not None:
+            _check_shared_order(order, kv_order)
             pair_test = pair_test.in_order(order)
         if isinstance(pair_test, Bitmap):
             # Heads that share a row of blocks may still differ inside them.
@@ -230,6 +244,7 @@ def plan_from_blocks(
         stats=PlanStats(sum(heads) / len(heads), heads, method, dict(details or {})),
         pair_test=pair_test,
         order=order,
+        kv_order=kv_order,
         always_q=tuple((int(a), int(b)) for a, b in always_q),
         always_kv=tuple((int(a), int(b)) for a, b in always_kv),
     )
@@ -312,15 +327,47 @@ def _check_pair_test(plan: SparsePlan, test: PairTest) -> None:
     test.check_fit(plan.q_len, plan.kv_len, plan.block_q, plan.block_kv, lead)
 
 
-def _check_order(order: Tensor | None, q_len: int, kv_len: int, device: torch.device) -> None:
-    if order is None:
-        return
-    if q_len != kv_len:
-        raise ValueError(f"order permutes queries and keys alike, but q_len is {q_len} and kv_len is {kv_len}.")
-    if order.dtype != torch.int64 or tuple(order.shape) != (q_len,):
-        raise ValueError(f"order must be int64 of shape ({q_len},), got {order.dtype} of {tuple(order.shape)}.")
-    if order.device != device:
-        raise ValueError(f"order is on {order.device}, the lists are on {device}. Put them together.")
+def _in_token_order(mask: Tensor, order: Tensor) -> Tensor:
+    """Moves rows of `[B|1, H|1, N, M]` from plan positions to the tokens that `order` puts there."""
+    position = inverse_order(order)
+    if order.ndim == 1:
+        return mask[..., position, :]
+    lead = torch.broadcast_shapes(mask.shape[:2], order.shape[:2])
+    return mask.expand(*lead, -1, -1).gather(2, position[..., None].expand(*lead, -1, mask.shape[-1]))
+
+
+def _check_orders(plan: SparsePlan) -> None:
+    if plan.order is not None and plan.kv_order is None and plan.q_len != plan.kv_len:
+        raise ValueError(
+            f"order permutes queries and keys alike, but q_len is {plan.q_len} and kv_len is {plan.kv_len}. Give keys "
+            "an order of their own, kv_order."
+        )
+    for name, order, length in (("order", plan.order, plan.q_len), ("kv_order", plan.kv_order, plan.kv_len)):
+        if order is not None:
+            _check_order(name, order, length, plan)
+
+
+def _check_order(name: str, order: Tensor, length: int, plan: SparsePlan) -> None:
+    if order.dtype != torch.int64 or order.ndim not in (1, 3) or order.shape[-1] != length or 0 in order.shape:
+        raise ValueError(
+            f"{name} must be int64 of shape ({length},), or (batch or 1, heads or 1, {length}), got {order.dtype} of "
+            f"{tuple(order.shape)}."
+        )
+    if any(1 not in (n, m) and n != m for n, m in zip(order.shape[:-1], plan.indices.shape[:2], strict=False)):
+        raise ValueError(
+            f"{name} is for {tuple(order.shape[:2])} batch items and heads, the lists are for "
+            f"{tuple(plan.indices.shape[:2])}. Give one of them for all, or both for as many."
+        )
+    if order.device != plan.device:
+        raise ValueError(f"{name} is on {order.device}, the lists are on {plan.device}. Put them together.")
+
+
+def _check_shared_order(order: Tensor, kv_order: Tensor | None) -> None:
+    if order.ndim != 1 or kv_order is not None:
+        raise ValueError(
+            "A Neighborhood knows where tokens stand on the grid from one order of all heads, for queries and keys "
+            "alike. Give an order of shape (tokens,) and no kv_order, or say the mask as a Bitmap."
+        )
 
 
 def _check_ranges(name: str, ranges: tuple[tuple[int, int], ...], length: int) -> None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .permute import inverse_order as inverse_order
 from .sparse_plan import SparsePlan
 
 Grid = tuple[int, int, int]
@@ -124,18 +125,6 @@ def with_text(order: Tensor, *, before: int = 0, after: int = 0) -> Tensor:
     return torch.cat([head, order + before, torch.arange(start, start + after, device=order.device)])
 
 
-def inverse_order(order: Tensor) -> Tensor:
-    """Where each raster token is: `inverse_order(order)[order[p]] == p`.
-
-    Args:
-        order: A permutation, int64 `[N]`; see `check_order`.
-
-    Returns:
-        int64 `[N]`.
-    """
-    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-
-
 def check_order(order: Tensor, tokens: int) -> None:
     """Makes sure that an order is a permutation of `tokens` tokens.  Reads the answer back from the device.
 
@@ -177,9 +166,12 @@ def plan_in_order(plan: SparsePlan, order: Tensor) -> SparsePlan:
         )
     order = order.to(plan.device)
     positions = inverse_order(order)
+    if plan.kv_order is not None:
+        q_order = positions if plan.order is None else positions[plan.order]
+        return replace(plan, order=q_order, kv_order=positions[plan.kv_order])
     if plan.order is not None:
         positions = positions[plan.order]
-    same = torch.equal(positions, torch.arange(order.numel(), device=order.device))
+    same = bool((positions == torch.arange(order.numel(), device=order.device)).all())
     return replace(plan, order=None if same else positions)
 
 

@@ -180,10 +180,10 @@ def _test_partial(
 
 def refuse_order(plan: SparsePlan, target: str) -> None:
     """Raises ValueError for a plan with a token order, naming the form that cannot hold it."""
-    if plan.order is not None:
+    if plan.key_order is not None or plan.order is not None:
         raise ValueError(
-            f"The plan reorders tokens, and {target} cannot say so. Permute q, k and v with plan.order yourself, and "
-            "convert dataclasses.replace(plan, order=None)."
+            f"The plan reorders tokens, and {target} cannot say so. Permute q with plan.order, k and v with "
+            "plan.key_order yourself, and convert dataclasses.replace(plan, order=None, kv_order=None)."
         )
 
 
