@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from ..kernels.search.budget import MassBudget
-from ..kernels.search.budget_plan import mass_plan
+from ..kernels.search.budget_plan import mass_plan, touched_blocks
 from ..kernels.search.pooled import differentiable_means
+from ..plan.schedule import step_index
 from .base import DynamicAttnProcessor
+from .budget import block_counts, count_tensor
 
 if TYPE_CHECKING:
     from ..clock import StepState
@@ -19,11 +21,28 @@ if TYPE_CHECKING:
     from ..kernels.search.always import Ranges
     from ..kernels.sparse_plan import SparsePlan
     from ..layout import TokenLayout
+    from ..plan.schedule import Schedule
     from .base import Memory
 
 DENSITY = 0.2
 WARM_UP = 0.2  # 10 of 50 steps; the eleventh searches first
 AGAIN = (0.6,)  # at step 30 of 50
+
+
+class Setup(NamedTuple):
+    """What a search needs besides queries and keys.
+
+    Attributes:
+        text: tokens that see everything and are seen by all.
+        blocks: blocks without text, of which the budget is a part.
+        device: where the call runs.
+        counts: blocks that a row keeps of them, int64 ``[heads or 1, 1]``; None for the part that the density says.
+    """
+
+    text: Ranges
+    blocks: int
+    device: torch.device
+    counts: torch.Tensor | None = None
 
 
 class AdaSpaAttnProcessor(DynamicAttnProcessor):
@@ -56,15 +75,19 @@ class AdaSpaAttnProcessor(DynamicAttnProcessor):
         block: tokens per block of queries and of keys, 64 or 128.
         compensate: whether blocks that are left out still count by their means.
         dense_steps: sampling steps that stay dense, besides the one of the first search.
-        dense_layers: layers that stay dense.
+        dense_layers: layers that stay dense; none by default.
+        schedule: instead of these two; its budgets are factors on the density, and not for a recall. Levels are then
+            those of the scaled density; where a factor changes, all sites search once more.
         backend: kernel backend.
 
     Raises:
-        ValueError: for settings outside these.
+        ValueError: for settings outside these, or budgets beside a recall.
     """
 
     dense_first = True
     remembers = True
+    usual_dense_steps = WARM_UP
+    scales_budget = True
 
     def __init__(
         self,
@@ -80,13 +103,22 @@ class AdaSpaAttnProcessor(DynamicAttnProcessor):
         cache_lse: bool = True,
         block: int = 64,
         compensate: bool = False,
-        dense_steps: int | float = WARM_UP,
-        dense_layers: int | Collection[int] = 0,
+        dense_steps: int | float | None = None,
+        dense_layers: int | Collection[int] | None = None,
+        schedule: Schedule | Mapping[str, Any] | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(compensate=compensate, dense_steps=dense_steps, dense_layers=dense_layers, backend=backend)
+        super().__init__(
+            compensate=compensate,
+            dense_steps=dense_steps,
+            dense_layers=dense_layers,
+            schedule=schedule,
+            backend=backend,
+        )
         if density is not None and recall is not None:
             raise ValueError(f"density={density} and recall={recall} are two budgets; give one of them")
+        if recall is not None:
+            self.refuse_budgets("a recall says by itself how many blocks are kept; use a density")
         if block not in (64, 128):
             raise ValueError(f"AdaSpa works on blocks of 64 or 128 tokens; got {block}")
         if drift is not None and not (_is_number(drift) and 0 < drift < 2):
@@ -101,29 +133,39 @@ class AdaSpaAttnProcessor(DynamicAttnProcessor):
 
     def renews(self, site: SiteInfo, state: StepState) -> bool:
         """At the steps given for it; the first search needs no saying."""
-        return any(state.step == _step_index(step, state.steps) for step in self.search_again)
+        return any(state.step == step_index("search_again", step, state.steps) for step in self.search_again)
 
-    def set_up(self, site: SiteInfo, layout: TokenLayout, device: torch.device) -> Ranges:
-        """Where the text is.
+    def set_up(self, site: SiteInfo, layout: TokenLayout, device: torch.device) -> Setup:
+        """Where the text is, and how many blocks there are without any.
 
         Raises:
             ValueError: if there are padding tokens, which must not be scored.
         """
         if layout.padding:
             raise ValueError(f"AdaSpa cannot tell {layout.padding} padding tokens from others; leave them out")
-        return (layout.text,) if layout.text else ()
+        text = (layout.text,) if layout.text else ()
+        blocks = -(-layout.length // self.block)
+        return Setup(text, blocks - touched_blocks(text, self.block), device)
 
-    def find_plan(self, query: torch.Tensor, key: torch.Tensor, setup: Ranges, *, scale: float | None) -> SparsePlan:
+    def at_step(self, setup: Setup, site: SiteInfo, state: StepState) -> Setup:
+        """How many blocks the schedule lets the site keep at a step, if it has budgets."""
+        if self.density is None or not self.schedule.has_budgets:
+            return setup
+        counts = block_counts(float(self.density), setup.blocks, self.budget_factors(site, state))
+        return setup._replace(counts=count_tensor(counts, setup.device))
+
+    def find_plan(self, query: torch.Tensor, key: torch.Tensor, setup: Setup, *, scale: float | None) -> SparsePlan:
         """A first search; see :func:`mass_plan`."""
         return self.search(query, key, setup, None, scale=scale)[0]
 
     def search(
-        self, query: torch.Tensor, key: torch.Tensor, setup: Ranges, memory: Memory | None, *, scale: float | None
+        self, query: torch.Tensor, key: torch.Tensor, setup: Setup, memory: Memory | None, *, scale: float | None
     ) -> tuple[SparsePlan, Memory]:
         """Finds a plan, and remembers the log-sum-exp and the mean vectors, as far as they are wanted."""
         q, k = query.transpose(1, 2), key.transpose(1, 2)
         lse = memory[-1] if self.cache_lse and memory is not None else None
-        plan, lse = mass_plan(q, k, block=self.block, budget=self.budget, text=setup, lse=lse, scale=scale)
+        options: dict[str, Any] = {"block": self.block, "budget": self.budget, "text": setup.text}
+        plan, lse = mass_plan(q, k, lse=lse, counts=setup.counts, scale=scale, **options)
         means = (self._means(query), self._means(key)) if self.measures else ()
         return plan, (*means, lse) if self.cache_lse else means
 
@@ -140,27 +182,13 @@ class AdaSpaAttnProcessor(DynamicAttnProcessor):
 
     def settings(self) -> dict[str, Any]:
         """Every constructor argument by name."""
-        plain = ("density", "recall", "drift", "cache_lse", "block", "compensate", "backend")
-        own = {name: getattr(self, name) for name in plain}
-        named = ("levels", "recall_over", "min_density", "max_density")
-        own |= {name: getattr(self.budget, name) for name in named} | {"search_again": self.search_again}
-        return own | self.policy.settings()
+        plain = ("density", "recall", "search_again", "drift", "cache_lse", "block", "compensate", "backend")
+        of_budget = ("levels", "recall_over", "min_density", "max_density")
+        return {name: getattr(self.budget, name) for name in of_budget} | self.plain_settings(*plain)
 
     def _means(self, x: torch.Tensor) -> torch.Tensor:
         """Mean vectors of all blocks of a head in a row, float32 ``[batch, heads, blocks * head_dim]``."""
         return differentiable_means(x.detach().transpose(1, 2), self.block).flatten(2)
-
-
-def _step_index(step: int | float, steps: int | None) -> int:
-    """A step from 0, where a float is a fraction of all."""
-    if not isinstance(step, float):
-        return step
-    if steps is None:
-        raise ValueError(
-            f"search_again={step} is a fraction, and nobody says how many steps there are. Give an int, or call "
-            "clock.set_step(step, steps) before each call of the model."
-        )
-    return math.ceil(step * steps - 1e-9)
 
 
 def _sequence(search_again: object) -> tuple[Any, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from ..plan.policy import PlanPolicy
+from ..plan.schedule import Schedule
 
 if TYPE_CHECKING:
     from ..clock import StepState
@@ -31,27 +32,50 @@ class SparseAttnProcessor(ABC):
 
     Args:
         dense_steps: sampling steps that stay dense at the start; an int counts steps, a float is a fraction of all.
-        dense_layers: layers that stay dense: a number (the first so many) or a collection of indices.
+            None: the method's own.
+        dense_layers: layers that stay dense: a number (the first so many) or a collection of indices. None: the
+            method's own.
+        schedule: all of this and budgets by step, layer and head, instead of these two. In a mapping (of the arguments
+            of a schedule) ``dense_steps`` and ``dense_layers`` may be left out: then they are the method's own.
         backend: kernel backend, see :func:`dit_accel.kernels.attend.attend`; an explicit choice never falls back.
+
+    Raises:
+        ValueError: for a schedule beside dense_steps or dense_layers, or with budgets that the method cannot follow.
+
+    Attributes:
+        schedule: which steps and layers stay dense, and what factors there are on budgets.
+        usual_dense_steps: the method's own.
+        usual_dense_layers: likewise.
+        scales_budget: whether the method has a budget that a schedule can change.
+        scales_heads: whether heads can have budgets of their own.
     """
 
     kinds: tuple[str, ...] = ("self", "joint")
     block: int = 128  # tokens per block of the plans it builds; what a kernel must be able to walk
     needs_frames: bool = False  # whether it saves nothing within one frame, and so on images
+    usual_dense_steps: int | float = PUBLISHED_WARM_UP
+    usual_dense_layers: int = 0
+    scales_budget: bool = False
+    scales_heads: bool = True
 
     def __init__(
         self,
         *,
-        dense_steps: int | float = PUBLISHED_WARM_UP,
-        dense_layers: int | Collection[int] = 0,
+        dense_steps: int | float | None = None,
+        dense_layers: int | Collection[int] | None = None,
+        schedule: Schedule | Mapping[str, Any] | None = None,
         backend: str = "auto",
     ) -> None:
-        self.policy = PlanPolicy(dense_steps=dense_steps, dense_layers=dense_layers)
+        self.schedule = self._schedule_of(dense_steps, dense_layers, schedule)
         self.backend = backend
+        if not self.scales_budget:
+            self.refuse_budgets("it has no budget that could be scaled; give a schedule without them")
+        if not self.scales_heads:
+            self.refuse_head_budgets("its plan is shared by all heads; use step_budget or layer_budget")
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Everything needed to build an equal recipe, as plain values."""
+        """Everything needed to build an equal recipe, as plain values of JSON; see :meth:`plain_settings`."""
 
     def check_family(self, family: Family) -> None:
         """Refuses a family of models for which this method can do nothing.
@@ -67,7 +91,102 @@ class SparseAttnProcessor(ABC):
 
     def is_sparse(self, site: SiteInfo, state: StepState) -> bool:
         """Whether a site runs this method at a step, or stays dense."""
-        return site.kind in self.kinds and not self.policy.is_dense(state.step, state.steps, site.layer)
+        return site.kind in self.kinds and not self.schedule.is_dense(state.step, state.steps, site.layer)
+
+    def budget_factor(self, site: SiteInfo, state: StepState) -> float:
+        """The schedule's factor on what a site keeps at a step, besides those of heads (:meth:`head_factors`)."""
+        return self.schedule.factor(state.step, state.steps, site.layer) if self.schedule.has_budgets else 1.0
+
+    def head_factors(self, site: SiteInfo) -> tuple[float, ...] | None:
+        """The schedule's factors on what the heads of a site keep; None where they are alike."""
+        return self.schedule.head_factors(site.layer)
+
+    def budget_factors(self, site: SiteInfo, state: StepState) -> tuple[float, ...]:
+        """Both together: one factor for all heads of a site at a step, or one for each."""
+        factor = self.budget_factor(site, state)
+        return tuple(factor * of_head for of_head in self.head_factors(site) or (1.0,))
+
+    def plain_settings(self, *names: str) -> dict[str, Any]:
+        """The named attributes as plain values of JSON, which has no tuples, and what rebuilds the schedule."""
+        values = {name: getattr(self, name) for name in names}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return plain | self.schedule_settings()
+
+    def schedule_settings(self) -> dict[str, Any]:
+        """The part of :meth:`settings` that rebuilds the schedule: two shorthands, unless there are budgets."""
+        return {"schedule": self.schedule.settings()} if self.schedule.has_budgets else self.schedule.settings()
+
+    def check_budgets(self, heads: Mapping[SiteInfo, int]) -> None:
+        """Refuses a schedule that names layers or heads which a model does not have.
+
+        Args:
+            heads: number of heads of every site of a model that the method acts on.
+
+        Raises:
+            ValueError: if it does.
+        """
+        layers = max((site.layers for site in heads), default=0)
+        for name in ("layer_budget", "head_budget"):
+            unknown = [layer for layer in dict(getattr(self.schedule, name)) if layer >= layers]
+            if unknown:
+                raise ValueError(f"{name} names layer {unknown[0]}; this model has layers 0 to {layers - 1}")
+        for site, count in heads.items():
+            factors = self.head_factors(site)
+            if factors is not None and len(factors) != count:
+                raise ValueError(
+                    f"head_budget has {len(factors)} factors for layer {site.layer}, but {site.path} has {count} "
+                    "heads; give one factor for each"
+                )
+
+    def check_sites(self, sites: Mapping[SiteInfo, tuple[int, int]]) -> None:
+        """Refuses a model at whose attention modules this method can do nothing; does not by default.
+
+        Args:
+            sites: heads and head dimension of every site of one root that the method acts on.
+
+        Raises:
+            ValueError: if it can do nothing there, saying what would help.
+        """
+        return
+
+    def refuse_budgets(self, reason: str) -> None:
+        """Refuses budgets that some settings of a method leave no room for.
+
+        Args:
+            reason: what cannot be scaled, and what to use instead.
+
+        Raises:
+            ValueError: if the schedule has budgets.
+        """
+        if self.schedule.has_budgets:
+            raise ValueError(f"{type(self).__name__} cannot follow step_budget, layer_budget or head_budget: {reason}")
+
+    def refuse_head_budgets(self, reason: str) -> None:
+        """As :meth:`refuse_budgets`, for those of heads alone."""
+        if self.schedule.head_budget:
+            raise ValueError(f"{type(self).__name__} cannot follow head_budget: {reason}")
+
+    def _schedule_of(
+        self,
+        dense_steps: int | float | None,
+        dense_layers: int | Collection[int] | None,
+        schedule: Schedule | Mapping[str, Any] | None,
+    ) -> Schedule:
+        named = {"dense_steps": dense_steps, "dense_layers": dense_layers}
+        given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        usual: dict[str, Any] = {"dense_steps": self.usual_dense_steps, "dense_layers": self.usual_dense_layers}
+        if schedule is None:
+            return Schedule(**usual | given)
+        if given:
+            raise ValueError(f"both a schedule and {' and '.join(given)} were given; put all into the schedule")
+        if isinstance(schedule, Mapping):
+            unknown = set(schedule) - {field.name for field in fields(Schedule) if field.init}
+            if unknown:
+                raise ValueError(f"a schedule has no {', '.join(map(repr, sorted(unknown)))}")
+            return Schedule(**usual | dict(schedule))
+        if not isinstance(schedule, Schedule):
+            raise ValueError(f"schedule is a dit_accel.Schedule or a mapping of its arguments; got {schedule!r}")
+        return schedule
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses: a recipe put on a module by hand has no plan to follow."""
@@ -91,13 +210,20 @@ class StaticAttnProcessor(SparseAttnProcessor):
         """The recipe whose plan a site follows: this one, or another where layers differ, the same at every call."""
         return self
 
+    def for_step(self, site: SiteInfo, state: StepState) -> StaticAttnProcessor:
+        """The recipe whose plan a site follows at a step: that of :meth:`for_site`, or another where budgets differ.
+
+        The same object whenever site and budget are the same: plans are kept by recipe.
+        """
+        return self.for_site(site)
+
 
 class DynamicAttnProcessor(SparseAttnProcessor):
     """A method that finds its plan from the queries and keys of a call.
 
     Each attention module keeps the plan it found, one for each branch of guidance, until :meth:`renews` asks for
     another. Plans are dropped at the start of a generation, when the token layout changes, and on removal; a call
-    that finds none kept searches, whatever :meth:`renews` says.
+    that finds none kept, or one of another budget (:meth:`budget_factor`), searches, whatever :meth:`renews` says.
 
     Methods that want more than that say so by their attributes. With the plan a site then keeps what :meth:`search`
     remembers; it belongs to the same branch, and is dropped with the plan.
@@ -107,6 +233,7 @@ class DynamicAttnProcessor(SparseAttnProcessor):
             (:func:`dit_accel.kernels.residual.block_residual`), in calls that search and in those that follow.
         dense_steps: sampling steps that stay dense, see :class:`SparseAttnProcessor`.
         dense_layers: layers that stay dense.
+        schedule: instead of these two, see there.
         backend: kernel backend.
 
     Raises:
@@ -127,11 +254,12 @@ class DynamicAttnProcessor(SparseAttnProcessor):
         self,
         *,
         compensate: bool = False,
-        dense_steps: int | float = PUBLISHED_WARM_UP,
-        dense_layers: int | Collection[int] = 0,
+        dense_steps: int | float | None = None,
+        dense_layers: int | Collection[int] | None = None,
+        schedule: Schedule | Mapping[str, Any] | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(dense_steps=dense_steps, dense_layers=dense_layers, backend=backend)
+        super().__init__(dense_steps=dense_steps, dense_layers=dense_layers, schedule=schedule, backend=backend)
         if not isinstance(compensate, bool):
             raise ValueError(f"compensate is True or False; got {compensate!r}")
         self.compensate = compensate
@@ -153,6 +281,14 @@ class DynamicAttnProcessor(SparseAttnProcessor):
         """
         return layout
 
+    def at_step(self, setup: Any, site: SiteInfo, state: StepState) -> Any:
+        """What :meth:`find_plan` is given at one step: ``setup``, or another made from it where steps differ.
+
+        Runs before every call, outside compiled code, so it may read the step but must not wait for the device.
+        Tensors may change in value from step to step; anything else that changes is another graph under torch.compile.
+        """
+        return setup
+
     @abstractmethod
     def find_plan(self, query: torch.Tensor, key: torch.Tensor, setup: Any, *, scale: float | None) -> SparsePlan:
         """The plan of one attention call.
@@ -163,7 +299,7 @@ class DynamicAttnProcessor(SparseAttnProcessor):
         Args:
             query: ``[batch, heads, tokens, head_dim]``, rotary embedding applied.
             key: likewise.
-            setup: what :meth:`set_up` gave.
+            setup: what :meth:`set_up` gave, and :meth:`at_step` made of it.
             scale: softmax scale, None for the usual one.
         """
 
@@ -183,6 +319,31 @@ class DynamicAttnProcessor(SparseAttnProcessor):
             the plan, and what to remember.
         """
         return self.find_plan(query, key, setup, scale=scale), ()
+
+    def search_with_values(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        setup: Any,
+        memory: Memory | None,
+        *,
+        scale: float | None,
+    ) -> tuple[SparsePlan, Memory]:
+        """What sites call: :meth:`search`, for all but methods that judge plans by their output.
+
+        Args:
+            query: as there.
+            key: as there.
+            value: ``[batch, heads, tokens, head_dim]``.
+            setup: as there.
+            memory: as there.
+            scale: as there.
+
+        Returns:
+            the plan, and what to remember.
+        """
+        return self.search(query, key, setup, memory, scale=scale)
 
     def measure(self, query: torch.Tensor, key: torch.Tensor, memory: Memory) -> torch.Tensor:
         """How far a call that follows a plan is from the one that found it: a scalar on the device.

@@ -8,13 +8,14 @@ by sub-blocks follow the aim of XAttention (arXiv 2503.16428), to see strong pai
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from ..kernels.search.plan import dynamic_plan
-from .base import PUBLISHED_WARM_UP, DynamicAttnProcessor, check_search_every
+from .base import DynamicAttnProcessor, check_search_every
+from .budget import block_counts, count_tensor
 
 if TYPE_CHECKING:
     from ..clock import StepState
@@ -24,10 +25,29 @@ if TYPE_CHECKING:
     from ..kernels.search.plan import Keep, Score
     from ..kernels.sparse_plan import SparsePlan
     from ..layout import TokenLayout
+    from ..plan.schedule import Schedule
 
 SCORES: dict[str, Score] = {"pooled": "pooled", "sub_block": "lse", "mass": "mass"}
 RULES: dict[str, Keep] = {"top_k": "topk", "top_p": "topp", "threshold": "threshold"}
 USUAL_AMOUNT = {"top_k": 0.25, "top_p": 0.9, "threshold": 1.0}
+
+
+class Setup(NamedTuple):
+    """What a search needs besides queries and keys.
+
+    Attributes:
+        always_q: queries that see everything.
+        always_kv: keys that everyone sees.
+        blocks: blocks of keys.
+        device: where the call runs.
+        counts: blocks that a row keeps, int64 ``[heads or 1, 1]``; None for the method's own amount.
+    """
+
+    always_q: Ranges
+    always_kv: Ranges
+    blocks: int
+    device: torch.device
+    counts: torch.Tensor | None = None
 
 
 class BlockRoutingAttnProcessor(DynamicAttnProcessor):
@@ -49,13 +69,17 @@ class BlockRoutingAttnProcessor(DynamicAttnProcessor):
         head_shared: whether all heads share one list, by the mean of their scores (not for ``"mass"``).
         first_frame: whether every query sees the whole first frame.
         compensate: whether blocks that are left out still count by their means.
-        dense_steps: sampling steps that stay dense.
-        dense_layers: layers that stay dense.
+        dense_steps: sampling steps that stay dense; 12 of 50 by default, hence the fraction 0.24.
+        dense_layers: layers that stay dense; by default the first.
+        schedule: instead of these two; its budgets are factors on the amount, for ``"top_k"`` only.
         backend: kernel backend.
 
     Raises:
-        ValueError: for settings outside these.
+        ValueError: for settings outside these, or budgets that the rule of selection leaves no room for.
     """
+
+    usual_dense_layers = 1
+    scales_budget = True
 
     def __init__(
         self,
@@ -68,17 +92,28 @@ class BlockRoutingAttnProcessor(DynamicAttnProcessor):
         head_shared: bool = False,
         first_frame: bool = False,
         compensate: bool = False,
-        dense_steps: int | float = PUBLISHED_WARM_UP,
-        dense_layers: int | Collection[int] = 1,
+        dense_steps: int | float | None = None,
+        dense_layers: int | Collection[int] | None = None,
+        schedule: Schedule | Mapping[str, Any] | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(compensate=compensate, dense_steps=dense_steps, dense_layers=dense_layers, backend=backend)
+        super().__init__(
+            compensate=compensate,
+            dense_steps=dense_steps,
+            dense_layers=dense_layers,
+            schedule=schedule,
+            backend=backend,
+        )
         _check_names(score, select, block)
         self.score, self.select, self.block = score, select, block
         self.amount = USUAL_AMOUNT[select] if amount is None else amount
         self.search_every, self.head_shared, self.first_frame = search_every, head_shared, first_frame
         _check_amount(select, self.amount)
         check_search_every(search_every)
+        if select != "top_k":
+            self.refuse_budgets(f"select={select!r} says by itself how many blocks are kept; use select='top_k'")
+        if head_shared:
+            self.refuse_head_budgets("with head_shared all heads have one list; use step_budget or layer_budget")
         if head_shared and score == "mass":
             raise ValueError(
                 "head_shared takes means of scores, which say nothing of mass; use 'pooled' or 'sub_block'"
@@ -92,10 +127,10 @@ class BlockRoutingAttnProcessor(DynamicAttnProcessor):
 
     def renews(self, site: SiteInfo, state: StepState) -> bool:
         """Every so many steps, counted from the first that is not dense."""
-        return (state.step - self.policy.dense_step_count(state.steps)) % self.search_every == 0
+        return (state.step - self.schedule.dense_step_count(state.steps)) % self.search_every == 0
 
-    def set_up(self, site: SiteInfo, layout: TokenLayout, device: torch.device) -> tuple[Ranges, Ranges]:
-        """Queries that see everything, and keys that everyone sees.
+    def set_up(self, site: SiteInfo, layout: TokenLayout, device: torch.device) -> Setup:
+        """Queries that see everything, keys that everyone sees, and how many blocks there are.
 
         Raises:
             ValueError: if there are padding tokens, which must not be scored, or the first frame is spread out.
@@ -107,20 +142,24 @@ class BlockRoutingAttnProcessor(DynamicAttnProcessor):
         text = (layout.text,) if layout.text else ()
         start = layout.visual[0]
         frame = ((start, start + layout.frame_tokens),) if self.first_frame else ()
-        return text, text + frame
+        return Setup(text, text + frame, -(-layout.length // self.block), device)
 
-    def find_plan(
-        self, query: torch.Tensor, key: torch.Tensor, setup: tuple[Ranges, Ranges], *, scale: float | None
-    ) -> SparsePlan:
+    def at_step(self, setup: Setup, site: SiteInfo, state: StepState) -> Setup:
+        """How many blocks the schedule lets the site keep at a step, if it has budgets."""
+        if not self.schedule.has_budgets:
+            return setup
+        counts = block_counts(self.amount, setup.blocks, self.budget_factors(site, state))
+        return setup._replace(counts=count_tensor(counts, setup.device))
+
+    def find_plan(self, query: torch.Tensor, key: torch.Tensor, setup: Setup, *, scale: float | None) -> SparsePlan:
         """Scores the blocks, selects, and lists what is kept; see :func:`dynamic_plan`."""
         q, k = query.transpose(1, 2), key.transpose(1, 2)
         if self.head_shared:  # the product of all heads side by side is the sum of their products
             scale = (query.shape[-1] ** -0.5 if scale is None else scale) / query.shape[1]
             q, k = q.flatten(2)[:, :, None], k.flatten(2)[:, :, None]
-        amount = self.amount
+        amount = self.amount if setup.counts is None else setup.counts
         if self.select == "threshold":  # blocks of a row hold 1 / columns of its mass on average
             amount /= -(-key.shape[2] // self.block)
-        always_q, always_kv = setup
         return dynamic_plan(
             q,
             k,
@@ -129,15 +168,15 @@ class BlockRoutingAttnProcessor(DynamicAttnProcessor):
             score=SCORES[self.score],
             keep=RULES[self.select],
             amount=amount,
-            always_q=always_q,
-            always_kv=always_kv,
+            always_q=setup.always_q,
+            always_kv=setup.always_kv,
             scale=scale,
         )
 
     def settings(self) -> dict[str, Any]:
         """Every constructor argument by name."""
         names = ("score", "select", "amount", "block", "search_every", "head_shared", "first_frame", "compensate")
-        return {name: getattr(self, name) for name in (*names, "backend")} | self.policy.settings()
+        return self.plain_settings(*names, "backend")
 
 
 def _check_names(score: str, select: str, block: int) -> None:

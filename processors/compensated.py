@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 from ..kernels.search.plan import dynamic_plan
 from ..kernels.token_order import inverse_order, morton_order, with_text
 from .base import DynamicAttnProcessor, check_search_every
+from .budget import block_counts, count_tensor
 
 if TYPE_CHECKING:
     from ..clock import StepState
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..kernels.search.always import Ranges
     from ..kernels.sparse_plan import SparsePlan
     from ..layout import TokenLayout
+    from ..plan.schedule import Schedule
 
 TAU = 1.0
 WARM_UP = 0.2  # 10 of 50 steps; published guards are 8 to 10, and the first layer
@@ -36,10 +38,16 @@ class Setup(NamedTuple):
     Attributes:
         order: int64 ``[tokens]``, in which blocks are cut; None for the order that the tokens have.
         text: queries that see everything, and keys that everyone sees.
+        blocks: blocks of keys.
+        device: where the call runs.
+        counts: exact blocks of a row, int64 ``[heads or 1, 1]``; None for the method's own rule.
     """
 
     order: torch.Tensor | None
     text: Ranges
+    blocks: int
+    device: torch.device
+    counts: torch.Tensor | None = None
 
 
 class CompensatedAttnProcessor(DynamicAttnProcessor):
@@ -63,13 +71,18 @@ class CompensatedAttnProcessor(DynamicAttnProcessor):
         search_every: sampling steps from one choice of blocks to the next, counted from the first sparse step. Means
             are those of the call in any case.
         compensate: whether the other blocks count at all; False leaves the plain sparse attention, for comparison.
-        dense_steps: sampling steps that stay dense.
-        dense_layers: layers that stay dense.
+        dense_steps: sampling steps that stay dense; 10 of 50 by default, hence the fraction 0.2.
+        dense_layers: layers that stay dense; by default the first.
+        schedule: instead of these two; its budgets are factors on the density, which then has to be given.
         backend: kernel backend.
 
     Raises:
-        ValueError: for settings outside these.
+        ValueError: for settings outside these, or budgets without a density.
     """
+
+    usual_dense_steps = WARM_UP
+    usual_dense_layers = 1
+    scales_budget = True
 
     def __init__(
         self,
@@ -81,11 +94,18 @@ class CompensatedAttnProcessor(DynamicAttnProcessor):
         block: int = 64,
         search_every: int = 1,
         compensate: bool = True,
-        dense_steps: int | float = WARM_UP,
-        dense_layers: int | Collection[int] = 1,
+        dense_steps: int | float | None = None,
+        dense_layers: int | Collection[int] | None = None,
+        schedule: Schedule | Mapping[str, Any] | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(compensate=compensate, dense_steps=dense_steps, dense_layers=dense_layers, backend=backend)
+        super().__init__(
+            compensate=compensate,
+            dense_steps=dense_steps,
+            dense_layers=dense_layers,
+            schedule=schedule,
+            backend=backend,
+        )
         _check_rule(tau, variance, density)
         if block not in (64, 128):
             raise ValueError(f"compensated attention works on blocks of 64 or 128 tokens; got {block!r}")
@@ -93,6 +113,8 @@ class CompensatedAttnProcessor(DynamicAttnProcessor):
             raise ValueError(f"morton is True or False; got {morton!r}")
         check_search_every(search_every)
         by_threshold = density is None
+        if by_threshold:
+            self.refuse_budgets("tau says by itself how many blocks are exact; give a density instead, such as 0.1")
         self.tau = (TAU if tau is None else tau) if by_threshold else None
         self.variance = (variance or "diag") if by_threshold else None
         self.density = None if density is None else float(density)
@@ -100,7 +122,7 @@ class CompensatedAttnProcessor(DynamicAttnProcessor):
 
     def renews(self, site: SiteInfo, state: StepState) -> bool:
         """Every so many steps, counted from the first that is not dense."""
-        return (state.step - self.policy.dense_step_count(state.steps)) % self.search_every == 0
+        return (state.step - self.schedule.dense_step_count(state.steps)) % self.search_every == 0
 
     def set_up(self, site: SiteInfo, layout: TokenLayout, device: torch.device) -> Setup:
         """The order of the blocks, and where the text is.
@@ -114,7 +136,14 @@ class CompensatedAttnProcessor(DynamicAttnProcessor):
             )
         order = _morton_order(layout, device) if self.morton else None
         text = (layout.text,) if layout.text else ()
-        return Setup(order, text)
+        return Setup(order, text, -(-layout.length // self.block), device)
+
+    def at_step(self, setup: Setup, site: SiteInfo, state: StepState) -> Setup:
+        """How many blocks the schedule lets the site have exact at a step, if it has budgets."""
+        if self.density is None or not self.schedule.has_budgets:
+            return setup
+        counts = block_counts(self.density, setup.blocks, self.budget_factors(site, state))
+        return setup._replace(counts=count_tensor(counts, setup.device))
 
     def find_plan(self, query: torch.Tensor, key: torch.Tensor, setup: Setup, *, scale: float | None) -> SparsePlan:
         """Chooses the exact blocks; see :func:`dynamic_plan`."""
@@ -128,19 +157,19 @@ class CompensatedAttnProcessor(DynamicAttnProcessor):
             always_q=setup.text,
             always_kv=setup.text,
             scale=scale,
-            **self._rule(),
+            **self._rule(setup),
         )
         return plan if setup.order is None else replace(plan, order=setup.order)
 
     def settings(self) -> dict[str, Any]:
         """Every constructor argument by name."""
         names = ("tau", "variance", "density", "morton", "block", "search_every", "compensate", "backend")
-        return {name: getattr(self, name) for name in names} | self.policy.settings()
+        return self.plain_settings(*names)
 
-    def _rule(self) -> dict[str, Any]:
+    def _rule(self, setup: Setup) -> dict[str, Any]:
         """Which blocks are exact, as arguments of :func:`dynamic_plan`."""
         if self.density is not None:
-            return {"keep": "topk", "amount": self.density}
+            return {"keep": "topk", "amount": self.density if setup.counts is None else setup.counts}
         return {"keep": "gaussian", "amount": self.tau, "variance": self.variance}
 
 

@@ -7,7 +7,7 @@ attention (arXiv 2209.15001).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..families import Family
     from ..kernels.sparse_plan import SparsePlan
     from ..layout import TokenLayout
+    from ..plan.schedule import Schedule
 
 PUBLISHED_DENSE_STEPS = 0.3  # 15 of 50 steps for HunyuanVideo; all layers are sparse
 PER_AXIS = ("window", "stride", "dilation", "causal", "tile")
@@ -48,13 +49,16 @@ class NeighborhoodAttnProcessor(StaticAttnProcessor):
         snap: compute every block that holds a kept pair whole: as much work, no test inside blocks, more pairs kept.
         block: tokens per block of queries and of keys, 64 or 128.
         dense_steps: sampling steps that stay dense; 15 of 50 in the paper, hence the fraction 0.3.
-        dense_layers: layers that stay dense.
+        dense_layers: layers that stay dense; none by default.
+        schedule: instead of these two; it must have no budgets, since a window is not scaled.
         backend: kernel backend.
 
     Raises:
         ValueError: for settings that fit no grid. Those that do not fit the grid of a model are refused by its first
             call, with the range that fits.
     """
+
+    usual_dense_steps = PUBLISHED_DENSE_STEPS
 
     def __init__(
         self,
@@ -66,11 +70,12 @@ class NeighborhoodAttnProcessor(StaticAttnProcessor):
         tile: int | Sequence[int] | None = None,
         snap: bool = False,
         block: int = 128,
-        dense_steps: int | float = PUBLISHED_DENSE_STEPS,
-        dense_layers: int | Collection[int] = 0,
+        dense_steps: int | float | None = None,
+        dense_layers: int | Collection[int] | None = None,
+        schedule: Schedule | Mapping[str, Any] | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(dense_steps=dense_steps, dense_layers=dense_layers, backend=backend)
+        super().__init__(dense_steps=dense_steps, dense_layers=dense_layers, schedule=schedule, backend=backend)
         if block not in (64, 128):
             raise ValueError(f"neighborhood attention works on blocks of 64 or 128 tokens; got {block}")
         if not isinstance(snap, bool):
@@ -138,9 +143,7 @@ class NeighborhoodAttnProcessor(StaticAttnProcessor):
 
     def settings(self) -> dict[str, Any]:
         """Every constructor argument by name."""
-        names = (*PER_AXIS, "snap", "block", "backend")
-        values = {name: getattr(self, name) for name in names}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()} | self.policy.settings()
+        return self.plain_settings(*PER_AXIS, "snap", "block", "backend")
 
 
 def _check_alternation(window: int | float | Sequence[int | float]) -> None:

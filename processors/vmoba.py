@@ -8,14 +8,15 @@ that gather single rows. Here the queries of one plan block decide together, by 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from ..kernels.search.cell_plan import SCOPES, cell_plan
 from ..kernels.search.cells import Cells, aligned_block, grid_cells
-from .base import PUBLISHED_WARM_UP, DynamicAttnProcessor
+from .base import DynamicAttnProcessor, check_search_every
+from .budget import block_counts, count_tensor
 
 if TYPE_CHECKING:
     from ..clock import StepState
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ..kernels.search.cell_plan import Scope, Select
     from ..kernels.sparse_plan import SparsePlan
     from ..layout import TokenLayout
-    from ..plan.policy import PlanPolicy
+    from ..plan.schedule import Schedule
 
 Grid = tuple[int, int, int]
 
@@ -58,10 +59,15 @@ VMOBA_PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Setup(NamedTuple):
-    """What a layer searches in: the cells of its partition, and how many it keeps."""
+    """What a layer searches in: the cells of its partition, and how many it keeps.
+
+    Attributes:
+        cells: of the partition.
+        amount: the method's own for this partition, or float64 ``[heads or 1]`` if a schedule has budgets.
+    """
 
     cells: Cells
-    amount: float
+    amount: float | torch.Tensor
 
 
 class VMoBAAttnProcessor(DynamicAttnProcessor):
@@ -90,12 +96,16 @@ class VMoBAAttnProcessor(DynamicAttnProcessor):
         search_every: sampling steps from one search to the next, counted from the first sparse step.
         compensate: whether blocks that are left out still count by their means; the parts cut out of kept ones do not.
         dense_steps: sampling steps that stay dense.
-        dense_layers: layers that stay dense.
+        dense_layers: layers that stay dense; none by default.
+        schedule: instead of these two; its budgets are factors on the numbers of cells, for ``"top_k"`` only, and
+            those of heads not for scope ``"all"``.
         backend: kernel backend.
 
     Raises:
-        ValueError: for settings outside these.
+        ValueError: for settings outside these, or budgets that they leave no room for.
     """
+
+    scales_budget = True
 
     def __init__(
         self,
@@ -110,28 +120,38 @@ class VMoBAAttnProcessor(DynamicAttnProcessor):
         block: int = 64,
         search_every: int = 1,
         compensate: bool = False,
-        dense_steps: int | float = PUBLISHED_WARM_UP,
-        dense_layers: int | Collection[int] = 0,
+        dense_steps: int | float | None = None,
+        dense_layers: int | Collection[int] | None = None,
+        schedule: Schedule | Mapping[str, Any] | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(compensate=compensate, dense_steps=dense_steps, dense_layers=dense_layers, backend=backend)
+        super().__init__(
+            compensate=compensate,
+            dense_steps=dense_steps,
+            dense_layers=dense_layers,
+            schedule=schedule,
+            backend=backend,
+        )
         _check_choices(select, scope, boundaries, block)
         self.chunk = None if chunk is None else _sides("chunk", (chunk,), 1)[0]
         self.patch = None if patch is None else _sides("patch", patch, 2)
         self.cube = None if cube is None else _sides("cube", cube, 3)
         self.select, self.scope, self.boundaries, self.block = select, scope, boundaries, block
         self.amount = USUAL_AMOUNT[select] if amount is None else _amounts(select, amount)
-        if isinstance(search_every, bool) or not isinstance(search_every, int) or search_every < 1:
-            raise ValueError(f"search_every is a number of steps, 1 or more; got {search_every!r}")
+        check_search_every(search_every)
+        if select == "threshold":
+            self.refuse_budgets("a threshold says by itself how many cells are kept; use select='top_k'")
+        if scope == "all":
+            self.refuse_head_budgets("scope='all' chooses among all heads together; use scope='head' or 'query'")
         self.search_every = search_every
 
     def renews(self, site: SiteInfo, state: StepState) -> bool:
         """Every so many steps, counted from the first that is not dense."""
-        return (state.step - self.policy.dense_step_count(state.steps)) % self.search_every == 0
+        return (state.step - self.schedule.dense_step_count(state.steps)) % self.search_every == 0
 
     def partition(self, layer: int) -> str:
         """How a layer cuts the video: ``"temporal"``, ``"spatial"`` or ``"cubes"``."""
-        return PARTITIONS[(layer - first_sparse_layer(self.policy)) % 3]
+        return PARTITIONS[(layer - first_sparse_layer(self.schedule)) % 3]
 
     def cell(self, partition: str, grid: Grid) -> Grid:
         """Tokens of a cell along (frames, height, width)."""
@@ -169,6 +189,14 @@ class VMoBAAttnProcessor(DynamicAttnProcessor):
         )
         return Setup(cells, self.amount[PARTITIONS.index(partition)])
 
+    def at_step(self, setup: Setup, site: SiteInfo, state: StepState) -> Setup:
+        """How many cells the schedule lets the site keep at a step, if it has budgets."""
+        if not self.schedule.has_budgets:
+            return setup
+        own = int(self.amount[PARTITIONS.index(self.partition(site.layer))])
+        counts = block_counts(own, len(setup.cells.sizes), self.budget_factors(site, state))
+        return setup._replace(amount=count_tensor(counts, setup.cells.sizes.device)[:, 0])
+
     def find_plan(self, query: torch.Tensor, key: torch.Tensor, setup: Setup, *, scale: float | None) -> SparsePlan:
         """Chooses the cells of each block of queries; see :func:`cell_plan`. The gate knows no softmax scale."""
         q, k = query.transpose(1, 2), key.transpose(1, 2)
@@ -178,12 +206,12 @@ class VMoBAAttnProcessor(DynamicAttnProcessor):
         """Every constructor argument by name."""
         sides, choices = ("chunk", "patch", "cube"), ("select", "scope", "amount", "boundaries", "block")
         names = (*sides, *choices, "search_every", "compensate", "backend")
-        return {name: getattr(self, name) for name in names} | self.policy.settings()
+        return self.plain_settings(*names)
 
 
-def first_sparse_layer(policy: PlanPolicy) -> int:
+def first_sparse_layer(schedule: Schedule) -> int:
     """The first layer that is not always dense; from there on partitions take turns."""
-    dense = policy.dense_layers
+    dense = schedule.dense_layers
     if isinstance(dense, int):
         return dense
     return next(layer for layer in range(len(dense) + 1) if layer not in dense)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .neighborhood import neighborhood_plan
-from .policy import PlanPolicy
 from .radial import radial_plan
+from .schedule import Schedule
 from .simulate import pipeline_speedup, predicted_speedup
 
-__all__ = ["PlanPolicy", "neighborhood_plan", "pipeline_speedup", "predicted_speedup", "radial_plan"]
+__all__ = ["Schedule", "neighborhood_plan", "pipeline_speedup", "predicted_speedup", "radial_plan"]

@@ -22,6 +22,8 @@ GOOD_RECALL = 0.8  # heads that hold more of their mass than this can spare bloc
 class MassBudget:
     """How many blocks to keep: a density with three levels of heads, or the fewest that reach a recall.
 
+    `select_mass` takes other counts than the density's beside it, as tensors that compiled code does not depend on.
+
     Attributes:
         density: Part of the blocks without text that a row keeps, above 0 to 1, rounded up.  For recall unused.
         levels: Whether heads whose recall is above 0.8 give half of their blocks to as many heads with the least.
@@ -60,7 +62,9 @@ class MassBudget:
         return base + _shift(base, blocks) if self.levels else base
 
 
-def select_mass(mass: Tensor, budget: MassBudget, *, always: Tensor, sinks: int) -> Tensor:
+def select_mass(
+    mass: Tensor, budget: MassBudget, *, always: Tensor, sinks: int, counts: Tensor | None = None
+) -> Tensor:
     """Keeps the blocks with the most mass, as many as the budget allows each row.
 
     Args:
@@ -68,6 +72,8 @@ def select_mass(mass: Tensor, budget: MassBudget, *, always: Tensor, sinks: int)
         budget: How many.
         always: bool `[rows, cols]`: kept beside the budget; whole columns and whole rows.
         sinks: How many columns `always` keeps whole.
+        counts: int64 `[H or 1, 1]`, from 1 to the blocks without text: what a row keeps of them before heads are told
+            apart by levels, instead of the density's part.
 
     Returns:
         bool, shape of `mass`.
@@ -78,10 +84,10 @@ def select_mass(mass: Tensor, budget: MassBudget, *, always: Tensor, sinks: int)
     if free == 0:
         return torch.ones_like(mass, dtype=torch.bool)
     if budget.recall is not None:
-        counts = _recall_counts(mass, budget, always, free)
+        kept = _recall_counts(mass, budget, always, free)
     else:
-        counts = _density_counts(mass, budget, always, sinks, free)
-    return select_topk(mass, sinks + counts, always=always)
+        kept = _density_counts(mass, budget, always, sinks, free, counts)
+    return select_topk(mass, sinks + kept, always=always)
 
 
 def head_recall(mass: Tensor, kept: Tensor) -> Tensor:
@@ -108,14 +114,17 @@ def head_shifts(recall: Tensor) -> Tensor:
     return (rank >= heads - giving).long() - (rank < giving).long()
 
 
-def _density_counts(mass: Tensor, budget: MassBudget, always: Tensor, sinks: int, free: int) -> Tensor:
+def _density_counts(
+    mass: Tensor, budget: MassBudget, always: Tensor, sinks: int, free: int, counts: Tensor | None
+) -> Tensor:
     """int64 `[B, H, 1]`: blocks of each row besides the sinks."""
-    base = _part(budget.density, free)
-    counts = torch.full((*mass.shape[:2], 1), base, dtype=torch.int64, device=mass.device)
+    if counts is None:
+        counts = torch.full((1, 1), _part(budget.density, free), dtype=torch.int64, device=mass.device)
+    counts = counts.expand(*mass.shape[:2], 1)
     if not budget.levels:
         return counts
-    recall = head_recall(mass, select_topk(mass, sinks + base, always=always))
-    return counts + _shift(base, free) * head_shifts(recall)[..., None]
+    recall = head_recall(mass, select_topk(mass, sinks + counts, always=always))
+    return counts + torch.minimum(counts // 2, free - counts) * head_shifts(recall)[..., None]
 
 
 def _recall_counts(mass: Tensor, budget: MassBudget, always: Tensor, free: int) -> Tensor:

@@ -19,8 +19,8 @@ from .select import row_lists
 
 # Spelled out, since older torch releases do not read postponed annotations such as `Tensor | None`.
 _SCHEMA = (
-    "(Tensor q, Tensor k, Tensor? lse, int block, float density, bool levels, float? recall, str recall_over, "
-    "float min_density, float max_density, int[] text, float? scale, str backend, int width) "
+    "(Tensor q, Tensor k, Tensor? lse, Tensor? counts, int block, float density, bool levels, float? recall, "
+    "str recall_over, float min_density, float max_density, int[] text, float? scale, str backend, int width) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
@@ -33,6 +33,7 @@ def mass_plan(
     budget: MassBudget,
     text: Ranges = (),
     lse: Tensor | None = None,
+    counts: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[SparsePlan, Tensor]:
@@ -45,6 +46,8 @@ def mass_plan(
         budget: How many blocks.
         text: Token ranges that see everything and are seen by all.
         lse: Log-sum-exp of an earlier search, float32 `[B, H, S]`, which saves one of two passes; None: exact.
+        counts: int64 `[H or 1, 1]` on the device of q: blocks without text for each row, instead of those that the
+            density of the budget says; see `select_mass`.
         scale: Positive factor on the scores; `D ** -0.5` by default.
         backend: "auto", "torch" or "triton", see `block_mass`.
 
@@ -60,11 +63,12 @@ def mass_plan(
         raise ValueError(f"text stands at the same place in queries and keys; got {q.shape[1]} and {k.shape[1]}.")
     cols = -(-k.shape[1] // block)
     # Rows of text are as long as there are blocks.
-    width = cols if any(start < stop for start, stop in text) else budget.most(cols)
-    indices, counts, found = mass_lists(
+    width = cols if counts is not None or any(start < stop for start, stop in text) else budget.most(cols)
+    indices, lengths, found = mass_lists(
         q.detach(),
         k.detach(),
         lse,
+        counts,
         block,
         float(budget.density),
         budget.levels,
@@ -83,8 +87,8 @@ def mass_plan(
         block_q=block,
         block_kv=block,
         indices=indices,
-        counts=counts,
-        full_counts=counts,
+        counts=lengths,
+        full_counts=lengths,
         stats=PlanStats(math.nan, (), "mass", {"density": budget.density, "recall": budget.recall}),
         always_q=tuple((int(a), int(b)) for a, b in text),
         always_kv=tuple((int(a), int(b)) for a, b in text),
@@ -97,6 +101,7 @@ def mass_lists(
     q: Tensor,
     k: Tensor,
     lse: Tensor | None,
+    counts: Tensor | None,
     block: int,
     density: float,
     levels: bool,
@@ -115,6 +120,7 @@ def mass_lists(
         q: As there, and all arguments that are not listed here.
         k: As there.
         lse: As there.
+        counts: As there.
         block: As there.
         density: `MassBudget.density`, and so on.
         levels: Likewise.
@@ -138,7 +144,7 @@ def mass_lists(
     ranges = list(zip(text[::2], text[1::2], strict=True))
     length = q.shape[1]
     always = always_blocks(length, length, block, block, always_q=ranges, always_kv=ranges, device=q.device)
-    kept = select_mass(mass, budget, always=always, sinks=_touched(ranges, block))
+    kept = select_mass(mass, budget, always=always, sinks=touched_blocks(ranges, block), counts=counts)
     return *row_lists(kept, capacity=width), found if lse is None else q.new_empty(0, dtype=torch.float32)
 
 
@@ -147,6 +153,7 @@ def _(
     q: Tensor,
     k: Tensor,
     lse: Tensor | None,
+    counts: Tensor | None,
     block: int,
     density: float,
     levels: bool,
@@ -168,6 +175,6 @@ def _(
     )
 
 
-def _touched(ranges: Ranges, block: int) -> int:
-    """How many blocks hold a token of a range."""
+def touched_blocks(ranges: Ranges, block: int) -> int:
+    """Gives the number of blocks that hold a token of a range."""
     return len({index for start, stop in ranges if start < stop for index in range(start // block, -(-stop // block))})

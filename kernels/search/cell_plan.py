@@ -27,7 +27,9 @@ SCOPES = ("query", "cell", "head", "all")
 _EPS = 1e-6  # gates that differ by less count as equal, as in the authors' code
 
 
-def cell_plan(q: Tensor, k: Tensor, cells: Cells, *, select: Select, scope: Scope, amount: float) -> SparsePlan:
+def cell_plan(
+    q: Tensor, k: Tensor, cells: Cells, *, select: Select, scope: Scope, amount: float | Tensor
+) -> SparsePlan:
     """Builds a plan from the queries and keys of one attention call, without waiting for the device.
 
     A row's query is the mean of its block; the mean of its queries' gates would be the same, since the gate is linear
@@ -41,7 +43,7 @@ def cell_plan(q: Tensor, k: Tensor, cells: Cells, *, select: Select, scope: Scop
         cells: Of the grid, on the device of q.
         select: "top_k" or "threshold", see `select_cells`.
         scope: Among which gates it is selected.
-        amount: Its amount.
+        amount: Its amount, or a tensor of amounts on the device of q, see `select_cells`.
 
     Returns:
         The plan, with lists per batch item and head; its density is NaN until it is counted.
@@ -52,9 +54,12 @@ def cell_plan(q: Tensor, k: Tensor, cells: Cells, *, select: Select, scope: Scop
     check_search(q, k, cells.block_q, cells.block_kv)
     if q.shape[1] != cells.order.numel():
         raise ValueError(f"q has {q.shape[1]} tokens, the cells are those of {cells.order.numel()}.")
+    given = f"tensor {tuple(amount.shape)}" if isinstance(amount, Tensor) else amount
+    if not isinstance(amount, Tensor):
+        amount = torch.full((1,), amount, dtype=torch.float64, device=q.device)
     tensors = [part.detach() if isinstance(part, Tensor) else part for part in cells]
     find: Any = cell_lists if torch.compiler.is_compiling() else _find
-    indices, counts, full_counts, slots, words = find(q.detach(), k.detach(), *tensors, select, scope, float(amount))
+    indices, counts, full_counts, slots, words = find(q.detach(), k.detach(), *tensors, amount, select, scope)
     test = None
     if cells.cuts:
         test = Bitmap(slots, torch.cat((cells.words, words)) if cells.crowded.numel() else cells.words, cells.block_kv)
@@ -67,7 +72,7 @@ def cell_plan(q: Tensor, k: Tensor, cells: Cells, *, select: Select, scope: Scop
         indices=indices,
         counts=counts,
         full_counts=counts if test is None else full_counts,
-        stats=PlanStats(math.nan, (), "vmoba", {"select": select, "scope": scope, "amount": amount}),
+        stats=PlanStats(math.nan, (), "vmoba", {"select": select, "scope": scope, "amount": given}),
         pair_test=test,
         order=cells.order,
     )
@@ -95,7 +100,9 @@ def gates(q: Tensor, k: Tensor, cells: Cells, block: int) -> Tensor:
     return mean_q @ mean_k.transpose(-1, -2)
 
 
-def select_cells(gate: Tensor, own: Tensor, queries: Tensor, *, select: Select, scope: Scope, amount: float) -> Tensor:
+def select_cells(
+    gate: Tensor, own: Tensor, queries: Tensor, *, select: Select, scope: Scope, amount: float | Tensor
+) -> Tensor:
     """Keeps the best cells.  Each row of gates stands for some queries, and counts as many times.
 
     All gates of a scope are ranked, those of own cells first, the others by falling gate, equal ones as they come.
@@ -108,7 +115,8 @@ def select_cells(gate: Tensor, own: Tensor, queries: Tensor, *, select: Select, 
         queries: `[rows]`, how many each row stands for.
         select: "top_k" or "threshold".
         scope: "query", the gates of one row; "cell", those of one cell, over rows and heads; "head"; "all", all heads.
-        amount: At least 1 for "top_k", 0 to 1 for "threshold".
+        amount: At least 1 for "top_k", 0 to 1 for "threshold".  A tensor `[H]` gives heads amounts of their own, where
+            the scope does not go beyond heads; `[1]` is one for all.
 
     Returns:
         bool `[B, H, rows, P]`.
@@ -124,6 +132,8 @@ def select_cells(gate: Tensor, own: Tensor, queries: Tensor, *, select: Select, 
     value = weight if select == "top_k" else _normalized(flat_gate.double()) * weight
     ranking = flat_gate.masked_fill(flat_own, torch.inf).argsort(dim=-1, descending=True, stable=True)
     held = value.gather(-1, ranking).cumsum(-1)
+    if isinstance(amount, Tensor):
+        amount = _amount_by_scope(amount, scope)
     if select == "top_k":
         # A scope of whole rows has `amount` cells for each of its queries.
         goal = amount * weight.sum(-1, keepdim=True) / columns
@@ -141,6 +151,15 @@ def _by_scope(x: Tensor, scope: Scope) -> Tensor:
     if scope == "cell":
         return x.permute(0, 3, 1, 2).flatten(2)
     return x.flatten({"query": 3, "head": 2, "all": 1}[scope])
+
+
+def _amount_by_scope(amount: Tensor, scope: Scope) -> Tensor:
+    """Amounts that broadcast to gates by scope."""
+    if amount.numel() == 1:
+        return amount
+    if scope in ("all", "cell"):
+        raise ValueError(f"scope {scope!r} goes over all heads, so there is one amount for all; got {amount.numel()}.")
+    return amount[:, None, None] if scope == "query" else amount[:, None]
 
 
 def _normalized(gate: Tensor) -> Tensor:
@@ -166,9 +185,9 @@ def _find(
     words: Tensor,
     crowded: Tensor,
     columns: Tensor,
+    amount: Tensor,
     select: Select,
     scope: Scope,
-    amount: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Selects and lists: `indices`, `counts` and `full_counts` of the plan, slots of its bitmap, words of rows."""
     parts = (
@@ -240,7 +259,8 @@ _TABLES = (
     "Tensor first, Tensor touched, Tensor base, Tensor words, Tensor crowded, Tensor columns"
 )
 _SCHEMA = (
-    f"(Tensor q, Tensor k, {_TABLES}, str select, str scope, float amount) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"(Tensor q, Tensor k, {_TABLES}, Tensor amount, str select, str scope) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 cell_lists = torch.library.custom_op("dit_accel::cell_lists", _find, mutates_args=(), schema=_SCHEMA)
@@ -265,9 +285,9 @@ def _(
     words: Tensor,
     crowded: Tensor,
     columns: Tensor,
+    amount: Tensor,
     select: str,
     scope: str,
-    amount: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = (q.shape[0], q.shape[2], -(-order.shape[0] // block_q))
     width, blocks = words.shape[2], first.shape[0]

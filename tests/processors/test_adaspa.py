@@ -17,8 +17,10 @@ from dit_accel.kernels.search.budget import MassBudget, head_recall, head_shifts
 from dit_accel.kernels.search.budget_plan import mass_plan
 from dit_accel.layout import TokenLayout
 from dit_accel.processors import AdaSpaAttnProcessor, processor_by_name
+from dit_accel.processors.adaspa import Setup
 
 SITE = SiteInfo("blocks.1.attn1", "self", 1, 3, "transformer")
+NO_TEXT = Setup((), 1, torch.device("cpu"))
 
 
 def case(seed: int) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def test_mask_is_that_of_the_formula(seed: int) -> None:
     layout_text, length = made["text"], q.shape[2]
     processor = AdaSpaAttnProcessor(density=density, levels=seed % 4 != 0)
     processor.block = block
-    found = processor.find_plan(q, k, layout_text, scale=None).to_bool()
+    found = processor.find_plan(q, k, Setup(layout_text, 1, q.device), scale=None).to_bool()
     columns = -(-length // block)
     sinks = touched(layout_text, length, block)
     free = columns - len(sinks)
@@ -177,13 +179,41 @@ def test_the_same_count_in_every_row_and_lists_as_wide_as_the_longest(text: Any)
     assert torch.allclose(lse, scores.logsumexp(-1), atol=1e-4)
 
 
+@pytest.mark.parametrize("text", [(), ((0, 30),)])
+def test_counts_stand_in_for_the_density(text: Any) -> None:
+    q, k = torch.randn(2, 2, 200, 4, 8)
+    q[:, :, :1] += 3
+    k[:, 40:48, :1] += 3  # levels move blocks to other heads
+    free = 25 - (4 if text else 0)
+    for levels in (True, False):
+        budget = MassBudget(density=0.3, levels=levels)
+        count = torch.tensor([[math.ceil(0.3 * free)]])
+        by_density, _ = mass_plan(q, k, block=8, budget=budget, text=text)
+        by_count, _ = mass_plan(q, k, block=8, budget=MassBudget(levels=levels), text=text, counts=count)
+        assert torch.equal(by_count.to_bool(), by_density.to_bool())
+    counts = torch.tensor([[1], [3], [9], [25]]).clamp(max=free)
+    plan, _ = mass_plan(q, k, block=8, budget=MassBudget(levels=False), text=text, counts=counts)
+    for head, count in enumerate(counts[:, 0].tolist()):
+        part, one = MassBudget(density=count / free, levels=False), slice(head, head + 1)
+        alone, _ = mass_plan(q[:, :, one], k[:, :, one], block=8, budget=part, text=text)
+        assert torch.equal(plan.to_bool()[:, one], alone.to_bool())
+
+
+def test_heads_of_unlike_counts_move_what_each_of_them_can() -> None:
+    mass = torch.full((1, 2, 3, 10), 0.01)
+    mass[:, 0, :, 4] = 10  # one block holds nearly all in the first head, hardly anything in the second
+    none = torch.zeros(3, 10, dtype=torch.bool)
+    kept = select_mass(mass, MassBudget(), always=none, sinks=0, counts=torch.tensor([[6], [8]]))
+    assert kept.sum(-1).tolist() == [[[3] * 3, [10] * 3]]  # half of 6 given; 8 and the 2 that are left
+
+
 def test_later_searches_use_the_cached_log_sum_exp() -> None:
     made = case(2)
     processor, uncached = AdaSpaAttnProcessor(), AdaSpaAttnProcessor(cache_lse=False)
     processor.block = uncached.block = made["block"]
     q, k, moved = made["q"], made["k"], made["q"] + torch.randn(made["q"].shape)
-    _, memory = processor.search(q, k, (), None, scale=None)
-    later, kept = processor.search(moved, k, (), memory, scale=None)
+    _, memory = processor.search(q, k, NO_TEXT, None, scale=None)
+    later, kept = processor.search(moved, k, NO_TEXT, memory, scale=None)
     assert kept[-1] is memory[-1]
     scores = (moved.double() @ k.double().transpose(-1, -2)) / math.sqrt(8)
     weights = (scores - memory[-1].double()[..., None]).exp()  # of queries that have moved on since
@@ -191,7 +221,7 @@ def test_later_searches_use_the_cached_log_sum_exp() -> None:
                         for r in weights.split(processor.block, -2)], -2)  # fmt: skip
     always = torch.zeros(mass.shape[-2:], dtype=torch.bool)
     assert torch.equal(later.to_bool(), select_mass(mass, processor.budget, always=always, sinks=0))
-    assert uncached.search(q, k, (), None, scale=None)[1] == ()
+    assert uncached.search(q, k, NO_TEXT, None, scale=None)[1] == ()
 
 
 def state(step: int, steps: int | None) -> StepState:
@@ -221,7 +251,7 @@ def test_drift_is_the_cosine_of_mean_vectors() -> None:
     processor = AdaSpaAttnProcessor(drift=0.3, cache_lse=False)
     processor.block = 8
     q, k = torch.randn(2, 2, 3, 21, 4) + 1
-    _, memory = processor.search(q, k, (), None, scale=None)
+    _, memory = processor.search(q, k, NO_TEXT, None, scale=None)
     assert processor.measure(q, k * 3, memory).item() == pytest.approx(1)  # longer is not elsewhere
     later = k + torch.randn(k.shape)
     cosines = []
@@ -268,11 +298,11 @@ def test_settings_build_an_equal_recipe(settings: dict[str, Any]) -> None:
 def test_the_published_settings_are_the_default() -> None:
     processor = AdaSpaAttnProcessor()
     assert (processor.density, processor.block, processor.search_again) == (0.2, 64, (0.6,))
-    assert processor.policy.dense_step_count(50) == 10 and processor.drift is None and processor.cache_lse
+    assert processor.schedule.dense_step_count(50) == 10 and processor.drift is None and processor.cache_lse
 
 
 def test_text_is_taken_from_the_layout_and_padding_is_refused() -> None:
     layout = TokenLayout((1, 5, 5), (7, 32), text=(0, 7))
-    assert AdaSpaAttnProcessor().set_up(SITE, layout, torch.device("cpu")) == ((0, 7),)
+    assert AdaSpaAttnProcessor().set_up(SITE, layout, torch.device("cpu")).text == ((0, 7),)
     with pytest.raises(ValueError, match="3 padding tokens"):
         AdaSpaAttnProcessor().set_up(SITE, replace(layout, padding=3), torch.device("cpu"))

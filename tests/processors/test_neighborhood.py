@@ -165,8 +165,8 @@ def test_tokens_can_be_permuted_once_per_call(wan: Subject) -> None:
 
 
 def test_warm_up_is_the_published_one() -> None:
-    policy = NeighborhoodAttnProcessor().policy
-    assert policy.dense_step_count(50) == 15 and not policy.is_dense(15, 50, 0)
+    schedule = NeighborhoodAttnProcessor().schedule
+    assert schedule.dense_step_count(50) == 15 and not schedule.is_dense(15, 50, 0)
 
 
 def test_dilation_alternates_over_layers() -> None:

@@ -245,6 +245,20 @@ def test_density_of_top_k_is_known_before(cell: Any, count: int, text: int) -> N
         top_k_density(cells, 0)
 
 
+@pytest.mark.parametrize("scope", ["query", "head"])
+def test_heads_may_have_amounts_of_their_own(scope: Any) -> None:
+    cells = grid_cells((4, 8, 8), (3, 3, 5), block_q=16, block_kv=16, length=265)
+    q, k = tensors(2, 3, 265, 3)
+    amounts = torch.tensor([1, 4, 2])
+    together = cell_plan(q, k, cells, select="top_k", scope=scope, amount=amounts).element_mask()
+    for head, amount in enumerate(amounts.tolist()):
+        one = slice(head, head + 1)
+        alone = cell_plan(q[:, :, one], k[:, :, one], cells, select="top_k", scope=scope, amount=amount)
+        assert torch.equal(together[:, one], alone.element_mask().expand(2, 1, -1, -1))
+    with pytest.raises(ValueError, match="one amount for all; got 3"):
+        cell_plan(q, k, cells, select="top_k", scope="all", amount=amounts)
+
+
 def test_partitions_take_turns_from_the_first_sparse_layer_on() -> None:
     cycle = ["temporal", "spatial", "cubes"]
     for dense, first in ((0, 0), (2, 2), ([0, 1, 3], 2), ([1], 0), ([], 0)):
@@ -481,5 +495,5 @@ def test_cells_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize(("cell", "cut"), [((1, 1, 1), True), ((2, 3, 2), True), ((2, 3, 2), False)])
 def test_the_operator_tells_the_compiler_its_shapes(cell: Any, cut: bool) -> None:
     cells = grid_cells((2, 5, 4), cell, block_q=8, block_kv=8, length=43, cut=cut)
-    arguments = (*tensors(1, 2, 43, 8), *cells, "threshold", "head", 0.4)
+    arguments = (*tensors(1, 2, 43, 8), *cells, torch.tensor([0.4]), "threshold", "head")
     torch.library.opcheck(cell_lists, arguments, test_utils=("test_schema", "test_faketensor"))
