@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..precision import in_full_precision
 
 Grid = tuple[int, int, int]
 
@@ -148,26 +151,50 @@ def match_tokens(
         ValueError: Tokens do not fill the grid, a side below 1, or a batch that does not split into `share` parts.
     """
     _check(metric, grid, cell, share)
-    batch, tokens = metric.shape[:2]
-    draws = 1 if generator is None else batch // share
-    chosen = _destinations(grid, cell, generator, draws, metric.device)
-    destinations = chosen.repeat(batch // draws, 1)
-    is_source = torch.ones(batch, tokens, dtype=torch.bool, device=metric.device).scatter_(1, destinations, False)
-    sources = is_source.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, : tokens - destinations.shape[1]]
-    similarity, best = _best_destination(metric.detach(), sources, destinations)
-    similarity, rank = similarity.sort(dim=1, descending=True, stable=True)
-    return TokenPairs(tokens, sources.gather(1, rank), destinations.gather(1, best.gather(1, rank)), similarity)
+    draws = 1 if generator is None else metric.shape[0] // share
+    return pair_tokens(metric, draw_destinations(grid, cell, generator, draws).to(metric.device))
 
 
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+def pair_tokens(metric: Tensor, destinations: Tensor) -> TokenPairs:
+    """For each token that is no destination the destination it is most similar to, as in `match_tokens`.
+
+    Traceable: while it is being compiled, the choice is one operator, so that it is the very choice of eager code.
+
+    Args:
+        metric: `[B, N, C]`, what similarity is measured on.
+        destinations: int64 `[draws, cells]`, from `draw_destinations`, on the device of `metric`; the batch is a
+            multiple of `draws` and repeats them in turn.
+
+    Raises:
+        ValueError: The batch is no multiple of the draws, or they are on another device.
+    """
+    batch, draws = metric.shape[0], destinations.shape[0]
+    if batch % draws or metric.device != destinations.device:
+        raise ValueError(
+            f"destinations are {draws} draws on {destinations.device}; a batch of {batch} on {metric.device} takes "
+            "draws that divide it, on its device."
+        )
+    find: Any = best_pairs if torch.compiler.is_compiling() else _best_pairs
+    return TokenPairs(metric.shape[1], *find(metric.detach(), destinations.repeat(batch // draws, 1)))
 
 
-def _destinations(
-    grid: Grid, cell: Grid, generator: torch.Generator | None, draws: int, device: torch.device
-) -> Tensor:
-    """One token of each cell, int64 `[draws, cells]`."""
-    where = device if generator is None else generator.device
+def draw_destinations(grid: Grid, cell: Grid, generator: torch.Generator | None, draws: int = 1) -> Tensor:
+    """One token of each cell.
+
+    Args:
+        grid: As in `match_tokens`.
+        cell: As in `match_tokens`.
+        generator: Draws it; None takes each cell's first.
+        draws: How many independent choices.
+
+    Returns:
+        int64 `[draws, cells]` on the device of the generator, on the CPU if there is none.
+
+    Raises:
+        ValueError: A side below 1.
+    """
+    _check_sides(grid, cell)
+    where = torch.device("cpu") if generator is None else generator.device
     corners = torch.meshgrid(
         *(torch.arange(0, n, c, device=where) for n, c in zip(grid, cell, strict=True)), indexing="ij"
     )
@@ -180,7 +207,47 @@ def _destinations(
             # The product may round up to the whole side.
             offset = torch.minimum((drawn * room).long(), room - 1)
         chosen = chosen * grid[axis] + corner + offset
-    return chosen.to(device)
+    return chosen
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens of each item, `[B, len, C]`, by whole rows: on CPUs several times faster than `torch.gather`."""
+    first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)
+    rows = x.flatten(0, 1).index_select(0, (index + first[:, None]).flatten())
+    return rows.unflatten(0, index.shape)
+
+
+@in_full_precision
+def _best_pairs(metric: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sources, their targets and similarities, the most similar pair first, all `[B, S]`."""
+    batch, tokens = metric.shape[:2]
+    is_source = torch.ones(batch, tokens, dtype=torch.bool, device=metric.device).scatter_(1, destinations, False)
+    sources = is_source.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, : tokens - destinations.shape[1]]
+    similarity, best = _best_destination(metric, sources, destinations)
+    similarity, rank = similarity.sort(dim=1, descending=True, stable=True)
+    return sources.gather(1, rank), destinations.gather(1, best.gather(1, rank)), similarity
+
+
+@torch.library.custom_op("dit_accel::best_pairs", mutates_args=())
+def best_pairs(metric: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`pair_tokens` as one torch operator, for compiled code.
+
+    Args:
+        metric: As there.
+        destinations: int64 `[B, cells]`.
+
+    Returns:
+        Sources, targets and similarities of the pairs.
+    """
+    return _best_pairs(metric, destinations)
+
+
+@best_pairs.register_fake
+def _(metric: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (metric.shape[0], metric.shape[1] - destinations.shape[1])
+    index = destinations.new_empty(shape)
+    wide = torch.promote_types(metric.dtype, torch.float32)
+    return index, torch.empty_like(index), metric.new_empty(shape, dtype=wide)
 
 
 def _best_destination(metric: Tensor, sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,10 +259,14 @@ def _best_destination(metric: Tensor, sources: Tensor, destinations: Tensor) -> 
     return torch.cat([part.values for part in parts], 1), torch.cat([part.indices for part in parts], 1)
 
 
-def _check(metric: Tensor, grid: Grid, cell: Grid, share: int) -> None:
+def _check_sides(grid: Grid, cell: Grid) -> None:
     for name, sides in (("grid", grid), ("cell", cell)):
         if len(sides) != 3 or min(sides) < 1:
             raise ValueError(f"A {name} is (frames, height, width), each at least 1; got {sides}.")
+
+
+def _check(metric: Tensor, grid: Grid, cell: Grid, share: int) -> None:
+    _check_sides(grid, cell)
     if metric.ndim != 3 or not metric.is_floating_point() or metric.shape[1] != grid[0] * grid[1] * grid[2]:
         raise ValueError(
             f"metric is {metric.dtype} of shape {tuple(metric.shape)}; a grid of {grid} needs floating point "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,23 @@ def pooled_agents(
     for axis, count in ((4, cells[2]), (3, cells[1]), (2, cells[0])):
         pooled = _pool_axis(pooled, axis, count)
     return pooled.flatten(2, 4).to(q.dtype)
+
+
+def cells_by_tile(grid: tuple[int, int, int], tile: Sequence[int]) -> tuple[int, int, int]:
+    """As many cells along each axis as tiles of at most so many tokens take."""
+    frames, height, width = (-(-length // side) for length, side in zip(grid, tile, strict=True))
+    return frames, height, width
+
+
+def cells_by_number(grid: tuple[int, int, int], number: int) -> tuple[int, int, int]:
+    """At most `number` cells whose sides are as alike as can be: the longest side is cut first, while it may be."""
+    cells = [1, 1, 1]
+    while True:
+        rest = math.prod(cells)
+        free = [i for i in range(3) if cells[i] < grid[i] and rest // cells[i] * (cells[i] + 1) <= number]
+        if not free:
+            return cells[0], cells[1], cells[2]
+        cells[max(free, key=lambda i: grid[i] / cells[i])] += 1
 
 
 def cell_bounds(length: int, cells: int) -> list[tuple[int, int]]:

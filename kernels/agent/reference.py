@@ -43,3 +43,29 @@ def pooled_agents(q: Tensor, grid: tuple[int, int, int], cells: tuple[int, int, 
             box = box.narrow(2 + axis, low, high - low)
         pooled.append(box.mean((2, 3, 4)))
     return torch.stack(pooled, 2)
+
+
+def agent_attention_beside(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    exact_k: Tensor,
+    exact_v: Tensor,
+    *,
+    scale: float,
+    second_scale_power: float,
+    shortcut: float,
+) -> Tensor:
+    """Keys through agents and exact keys in one softmax; shapes as in the fast version.
+
+    Returns:
+        float64 `[B, H, N, D]`.
+    """
+    q, k, v, agents, exact_k, exact_v = (tensor.double() for tensor in (q, k, v, agents, exact_k, exact_v))
+    gathering = agents @ k.transpose(-1, -2) * scale
+    weights = (q @ agents.transpose(-1, -2) * scale**second_scale_power).softmax(-1)
+    through = weights @ (gathering.softmax(-1) @ v)
+    mass = (weights @ gathering.logsumexp(-1, keepdim=True)).exp()
+    direct = (q @ exact_k.transpose(-1, -2) * scale).exp()
+    return (mass * through + direct @ exact_v) / (mass + direct.sum(-1, keepdim=True)) + shortcut * v

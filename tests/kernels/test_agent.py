@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.kernels.agent import reference
 from dit_accel.kernels.agent.attention import agent_attention
+from dit_accel.kernels.agent.joint import agent_attention_beside, full_plan
 from dit_accel.kernels.agent.pooling import cell_bounds, pooled_agents
 
 Sizes = tuple[int, int, int]
@@ -69,6 +70,24 @@ def test_agents_broadcast(lead: tuple[int, int]) -> None:
     agents = agents[: lead[0], : lead[1]]
     wide = agent_attention(q, k, v, agents.expand(3, 2, -1, -1))
     torch.testing.assert_close(agent_attention(q, k, v, agents), wide, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)]
+)
+@pytest.mark.parametrize("settings", [{"scale": None}, {"scale": 0.7, "second_scale_power": 1.0, "shortcut": 0.0}])
+def test_keys_through_agents_and_exact_ones_share_a_softmax(
+    dtype: torch.dtype, tolerance: float, settings: dict[str, Any]
+) -> None:
+    """Several blocks of each, the last of them short."""
+    q, k, v, agents = tensors(queries=150, keys=150, agents=70, dtype=dtype)
+    exact_k, exact_v = tensors(queries=75, keys=75, dtype=dtype)[1:3]
+    plans: dict[str, Any] = {"gather": full_plan(70, 150, 64, q.device), "exact": full_plan(150, 75, 64, q.device)}
+    out = agent_attention_beside(q, k, v, agents, exact_k, exact_v, **plans, **settings)
+    wanted = {"second_scale_power": 0.3, "shortcut": 0.075} | settings | {"scale": settings["scale"] or 24**-0.5}
+    expected = reference.agent_attention_beside(q, k, v, agents, exact_k, exact_v, **wanted)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_gradients_of_agent_attention() -> None:

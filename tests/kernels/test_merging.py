@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.agent import merging
-from dit_accel.kernels.agent.merging import TokenMerge, TokenPairs, match_tokens
+from dit_accel.kernels.agent.merging import TokenMerge, TokenPairs, draw_destinations, match_tokens, pair_tokens
 
 Sizes = tuple[int, int, int]
 CASES: list[tuple[Sizes, Sizes]] = [
@@ -100,6 +100,19 @@ def test_one_destination_in_each_cell(grid: Sizes, cell: Sizes, drawn: bool) -> 
         assert all(len(place) > 1 for place, members in zip(seen, cells, strict=True) if len(members) > 1)
     else:
         assert [min(members) for members in cells] == [place.pop() for place in seen]
+
+
+def test_one_draw_serves_all_items_and_compiled_code_chooses_the_same() -> None:
+    x = metric((2, 5, 7), batch=4)
+    one, two = (draw_destinations((2, 5, 7), (1, 2, 2), seeded(), draws) for draws in (1, 2))
+    pairs = pair_tokens(x, one)
+    assert all(destinations_of(pairs, item) == sorted(one[0].tolist()) for item in range(4))
+    pairs = pair_tokens(x, two)
+    assert [destinations_of(pairs, item) for item in range(4)] == [sorted(draw.tolist()) for draw in (*two, *two)]
+    compiled = torch.compile(lambda x, d: pair_tokens(x, d).merge_ratio(0.4).slot, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, two), pairs.merge_ratio(0.4).slot)
+    with pytest.raises(ValueError, match=r"batch of 3 .* takes draws that divide it"):
+        pair_tokens(x[:3], two)
 
 
 def test_pairs_are_sorted_by_cosine() -> None:
