@@ -10,10 +10,10 @@ import torch
 
 import dit_accel
 from dit_accel.clock import StepState
+from dit_accel.inspect.recorder import decay, spread
 from dit_accel.layout import TokenLayout
 from dit_accel.shapes.attention import AttentionStatisticsRecorder, attention_tables, call_statistics
 from dit_accel.shapes.attention.__main__ import main
-from dit_accel.shapes.attention.recorder import decay, spread
 
 
 def video(grid, text=0, before=0):

@@ -3,8 +3,8 @@
 ``python -m dit_accel.shapes.attention --model shapes-wan --out FILE.json`` renders held-out prompts and prints tables.
 """
 
-from .recorder import AttentionStatisticsRecorder
-from .statistics import call_statistics
+from ...inspect.recorder import AttentionStatisticsRecorder
+from ...inspect.statistics import call_statistics
 from .table import attention_tables
 
 __all__ = ["AttentionStatisticsRecorder", "attention_tables", "call_statistics"]

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .recorder import AttentionStatisticsRecorder, Record, spread
+from ...inspect.recorder import AttentionStatisticsRecorder, Record, spread
 from .table import attention_tables
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .recorder import Record
+from ...inspect.recorder import Record
 
 DISTANCES = (0, 1, 2, 4, 8, 16, 32)  # of a profile that get a column
 # What papers, or their code, say about the same things; none of them gives these very figures for its model.

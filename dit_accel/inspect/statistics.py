@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...controls import attention_rows, sum_blocks
-from ...layout import TokenLayout
+from ..controls import attention_rows, sum_blocks
+from ..layout import TokenLayout
+from .blocks import FEWEST_BLOCKS, density_for, recall_at
 
 SHARES = (0.1, 0.2)  # of the key blocks, for the recall
 LEVEL = 0.95  # of the mass, for the density
-FEWEST_BLOCKS = 10  # with fewer a tenth is no whole block, and the recall means nothing
+CHUNK = 1 << 26  # weights that are held at once, in float32
 
 
 def call_statistics(query: Tensor, key: Tensor, layout: TokenLayout, block: int = 64) -> dict[str, Tensor]:
@@ -45,18 +47,64 @@ def call_statistics(query: Tensor, key: Tensor, layout: TokenLayout, block: int 
         of the figures about frames.
 
     Raises:
-        ValueError: if there are not as many tokens as the layout says.
+        ValueError: if there are not as many tokens as the layout says, or they are permuted.
+    """
+    parts = []
+    for figures, mass in measured(query, key, layout, block):
+        if mass.shape[-1] >= FEWEST_BLOCKS:
+            recall = recall_at(mass, SHARES)
+            figures |= {f"recall_{round(share * 100)}": recall[:, at] for at, share in enumerate(SHARES)}
+            figures[f"density_{round(LEVEL * 100)}"] = density_for(mass, LEVEL)
+        parts.append(figures)
+    return join_heads(parts)
+
+
+def measured(
+    query: Tensor, key: Tensor, layout: TokenLayout, block: int = 64
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Measures some heads of a call after the others, so that no more than about 256 MiB of weights are held at once.
+
+    Args:
+        query: as in :func:`call_statistics`, likewise the others.
+        key: as there.
+        layout: as there.
+        block: as there.
+
+    Yields:
+        Of consecutive heads: all figures of :func:`call_statistics` but the first three, and ``[batch, heads, query
+        blocks, key blocks]``, the mass that blocks of visual queries pay to blocks of visual keys; rows sum to 1.
+
+    Raises:
+        ValueError: as there.
+    """
+    check_fit(query, key, layout)
+    start, stop = layout.visual
+    width = max(1, CHUNK // (query.shape[0] * block * key.shape[2]))
+    for some_query, some_key in zip(query.split(width, 1), key.split(width, 1), strict=True):
+        tally = _Tally(some_query.shape[1], layout, query.device)
+        rows = attention_rows(some_query[:, :, start:stop], some_key, block)
+        mass = [tally.add(number * block, part, block) for number, part in enumerate(rows)]
+        yield tally.means(), torch.stack(mass, 2)
+
+
+def check_fit(query: Tensor, key: Tensor, layout: TokenLayout) -> None:
+    """Refuses calls whose tokens are not those of the layout, one by one.
+
+    Raises:
+        ValueError: as :func:`call_statistics`.
     """
     if not query.shape[2] == key.shape[2] == layout.length:
         raise ValueError(
             f"the layout says {layout.length} tokens, the call has {query.shape[2]} queries and {key.shape[2]} keys; "
             "only self-attention and joint attention can be measured"
         )
-    tally = _Tally(query.shape[1], layout, block, query.device)
-    start, stop = layout.visual
-    for number, rows in enumerate(attention_rows(query[:, :, start:stop], key, block)):
-        tally.add(number * block, rows)
-    return tally.means()
+    if layout.order is not None:
+        raise ValueError("distances are those of tokens in raster order; measure without a token permutation")
+
+
+def join_heads(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Puts the figures of consecutive heads together, along the first axis."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class _Place(NamedTuple):
@@ -75,10 +123,9 @@ class _Place(NamedTuple):
 class _Tally:
     """Sums over the queries seen so far, for each head."""
 
-    def __init__(self, heads: int, layout: TokenLayout, block: int, device: torch.device) -> None:
+    def __init__(self, heads: int, layout: TokenLayout, device: torch.device) -> None:
         frames, height, width = layout.grid
-        self.layout, self.block, self.device = layout, block, device
-        self.blocks = -(-frames * height * width // block)
+        self.layout, self.device = layout, device
         self.keys = _Place.of(torch.arange(height * width, device=device), layout.grid)  # of one frame
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, float] = {}
@@ -86,21 +133,24 @@ class _Tally:
         self.space = torch.zeros(distances, heads + 1, device=device)  # last column: how many pairs there are
         self.frames = torch.zeros(frames, heads + 1, device=device)
 
-    def add(self, first: int, rows: Tensor) -> None:
-        """Counts ``[batch, heads, queries, keys]`` rows, whose first is the visual token ``first``."""
+    def add(self, first: int, rows: Tensor, block: int) -> Tensor:
+        """Counts ``[batch, heads, queries, keys]`` rows, whose first is the visual token ``first``.
+
+        Returns:
+            ``[batch, heads, key blocks]``, what the rows pay to each block of visual keys on average.
+        """
         start, stop = self.layout.visual
         weights = rows[..., start:stop]
         shares = weights.sum(-1, keepdim=True)
         weights = weights / shares
         place = _Place.of(torch.arange(first, first + rows.shape[2], device=self.device), self.layout.grid)
-        if self.blocks >= FEWEST_BLOCKS:
-            self._add_blocks(sum_blocks(weights.mean(2), self.block))
         if self.layout.length > stop - start:
             self._add("text", 1 - shares[..., 0])
         by_frame = weights.unflatten(-1, (self.layout.grid[0], -1))
         self._add_space(by_frame, place)
         if self.layout.grid[0] > 1:
             self._add_frames(by_frame, place)
+        return sum_blocks(weights.mean(2), block)
 
     def means(self) -> dict[str, Tensor]:
         """Of everything counted."""
@@ -115,14 +165,6 @@ class _Tally:
         """``[batch, heads, queries]``."""
         self.sums[name] = self.sums.get(name, 0) + values.sum((0, 2))
         self.counts[name] = self.counts.get(name, 0) + values.shape[0] * values.shape[2]
-
-    def _add_blocks(self, mass: Tensor) -> None:
-        """``[batch, heads, key blocks]``, the mass that one block of queries pays to each."""
-        ordered = mass.sort(-1, descending=True).values.cumsum(-1)
-        reached = torch.nn.functional.pad(ordered, (1, 0)).contiguous()
-        for share in SHARES:
-            self._add(f"recall_{round(share * 100)}", _at(reached, share * self.blocks)[..., None])
-        self._add(f"density_{round(LEVEL * 100)}", _first(reached, LEVEL)[..., None] / self.blocks)
 
     def _add_space(self, by_frame: Tensor, place: _Place) -> None:
         """``by_frame``: ``[batch, heads, queries, frames, tokens of a frame]``."""
@@ -152,18 +194,3 @@ def _add_profile(profile: Tensor, distance: Tensor, weights: Tensor, keys: int =
     by_pair = weights.sum(0).reshape(heads, -1).T.contiguous()  # adding along the first axis is much faster
     pairs = by_pair.new_full((len(by_pair), 1), batch * keys)
     profile.index_add_(0, distance, torch.cat([by_pair, pairs], 1))
-
-
-def _at(reached: Tensor, position: float) -> Tensor:
-    """The value of a cumulative sum after ``position`` steps, between steps on a straight line."""
-    low = math.floor(position + 1e-9)
-    high = min(low + 1, reached.shape[-1] - 1)
-    return torch.lerp(reached[..., low], reached[..., high], max(0.0, position - low))
-
-
-def _first(reached: Tensor, level: float) -> Tensor:
-    """After how many steps a cumulative sum reaches a level, between steps on a straight line."""
-    levels = torch.full_like(reached[..., :1], level)
-    high = torch.searchsorted(reached, levels).clamp(1, reached.shape[-1] - 1)
-    below, above = reached.gather(-1, high - 1), reached.gather(-1, high)
-    return (high - 1 + (levels - below) / (above - below))[..., 0]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...clock import StepState
-from ...controls import AttentionCall, AttentionControl, SiteInfo
+from ..clock import StepState
+from ..controls import AttentionCall, AttentionControl, SiteInfo
 from .statistics import call_statistics
 
 Record = dict[str, Any]
@@ -59,8 +59,15 @@ class AttentionStatisticsRecorder(AttentionControl):
         """Adds the figures of one call."""
         where = (call.site.expert, call.site.path)
         self._layers[where] = (call, query.shape[1])
-        figures = {name: part.cpu() for name, part in call_statistics(query, key, call.layout, self.block).items()}
+        measured = self.measure(call, query, key, value, output)
+        figures = {name: part.cpu() for name, part in measured.items()}
         self._calls.setdefault(where, defaultdict(list))[call.state.step].append(figures)
+
+    def measure(
+        self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, output: Tensor
+    ) -> dict[str, Tensor]:
+        """The figures of one call, each ``[heads, ...]``; those of all calls are averaged."""
+        return call_statistics(query, key, call.layout, self.block)
 
     def by_layer(self) -> list[Record]:
         """One JSON-ready record per layer in execution order, averaged over heads and calls.
@@ -86,8 +93,8 @@ def summarize(
     site: SiteInfo, grid: tuple[int, int, int], heads: int, steps: dict[int, list[dict[str, Tensor]]], block: int
 ) -> Record:
     """The record of one layer, see :meth:`AttentionStatisticsRecorder.by_layer`, from its calls' figures by step."""
-    mean = _mean([figures for calls in steps.values() for figures in calls])
-    by_step = {step: _mean(calls) for step, calls in sorted(steps.items())}
+    mean = mean_of([figures for calls in steps.values() for figures in calls])
+    by_step = {step: mean_of(calls) for step, calls in sorted(steps.items())}
     tokens = grid[0] * grid[1] * grid[2]
     return {
         "path": site.path,
@@ -98,12 +105,12 @@ def summarize(
         "tokens": tokens,
         "blocks": -(-tokens // block),
         "heads": heads,
-        **{name: _number(mean.get(name)) for name in FIGURES},
+        **{name: number(mean.get(name)) for name in FIGURES},
         "concentrated_heads": int((mean["recall_20"] > CONCENTRATED).sum()) if "recall_20" in mean else None,
-        **{name: _decay(mean.get(name)) for name in ("frames", "space")},
-        "by_head": {name: _numbers(mean[name]) for name in FIGURES if name in mean},
+        **{name: decay_record(mean.get(name)) for name in ("frames", "space")},
+        "by_head": {name: numbers(mean[name]) for name in FIGURES if name in mean},
         "by_step": {
-            str(step): {name: _number(figures.get(name)) for name in ("recall_10", "density_95")}
+            str(step): {name: number(figures.get(name)) for name in ("recall_10", "density_95")}
             for step, figures in by_step.items()
         },
     }
@@ -127,25 +134,30 @@ def decay(profile: Sequence[float]) -> tuple[float, float] | None:
     return float(-slope), float(1 - ((height - slope * distance) ** 2).sum() / (height @ height))
 
 
-def _decay(profiles: Tensor | None) -> Record | None:
+def decay_record(profiles: Tensor | None) -> Record | None:
+    """The mean over heads of ``[heads, distances]`` profiles, and its :func:`decay`."""
     if profiles is None:
         return None
     profile = profiles.mean(0).tolist()
     rate, fit = decay(profile) or (None, None)
-    return {"profile": _numbers(profile), "rate": _rounded(rate), "r_squared": _rounded(fit)}
+    return {"profile": numbers(profile), "rate": rounded(rate), "r_squared": rounded(fit)}
 
 
-def _mean(calls: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def mean_of(calls: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each figure over calls, of which all have the same."""
     return {name: torch.stack([figures[name] for figures in calls]).mean(0) for name in calls[0]}
 
 
-def _number(values: Tensor | None) -> float | None:
-    return None if values is None else _rounded(float(values.mean()))
+def number(values: Tensor | None) -> float | None:
+    """The mean of a figure over heads, with four decimals."""
+    return None if values is None else rounded(float(values.mean()))
 
 
-def _numbers(values: Tensor | Sequence[float]) -> list[float]:
+def numbers(values: Tensor | Sequence[float]) -> list[float]:
+    """Values with four decimals."""
     return [round(float(value), 4) for value in values]
 
 
-def _rounded(value: float | None) -> float | None:
+def rounded(value: float | None) -> float | None:
+    """A value with four decimals, if there is one."""
     return None if value is None else round(value, 4)
