@@ -1,0 +1,281 @@
+"""Renders every prompt dense and with every contender, and keeps each result as soon as there is one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ...inspect.tuning import Options, tune
+from ...metrics import noise_floor, psnr, ssim
+from ...tally import sparse_density
+from ..compare import decibels
+from ..report.journal import Journal, Record
+from ..report.judging import judged
+from ..report.sampling import Sample, Sampler, tell
+from ..report.settings import Settings
+from ..report.subsets import Subset
+from .contenders import Contender
+from .measure import CallKeeper, PlanQuality, density_on, measured_steps
+
+if TYPE_CHECKING:
+    from ...acceleration import Acceleration
+    from ...install.permutation import OrderFor
+    from ...processors import SparseAttnProcessor
+    from ...report import Report
+
+DENSE = "dense"
+REFUSALS = (ValueError, NotImplementedError)  # a method that cannot act on this model
+
+
+class Recipe(NamedTuple):
+    """A contender ready to run: its method, and the token order of the whole model."""
+
+    processor: SparseAttnProcessor
+    order_for: OrderFor | None
+
+
+class Results:
+    """A journal of what was found for whom, each under a kind, a contender and a prompt; the latest counts.
+
+    Args:
+        file: of the journal.
+        context: everything that all results depend on.
+
+    Raises:
+        ValueError: if the file holds results of another context.
+    """
+
+    def __init__(self, file: Path, context: Record) -> None:
+        self._journal = Journal(file, context)
+        self._latest: dict[tuple[str, str, int | None], Record] = {}
+        for _, record in sorted(self._journal.records.items()):
+            self._take(record)
+
+    def add(self, kind: str, name: str, content: Record, prompt: int | None = None) -> None:
+        """Stores a result, on disk before returning."""
+        record = plain({"kind": kind, "name": name, "prompt": prompt, **content})
+        self._journal.add(len(self._journal.records), record)
+        self._take(record)
+
+    def get(self, kind: str, name: str, prompt: int | None = None, **expected: Any) -> Record | None:
+        """A result, if there is one with these entries."""
+        record = self._latest.get((kind, name, prompt))
+        same = record and all(record.get(key) == plain(value) for key, value in expected.items())
+        return record if same else None
+
+    def forget(self, name: str) -> None:
+        """Drops all that is known about a contender, for good."""
+        self.add("forgotten", name, {})
+
+    def _take(self, record: Record) -> None:
+        if record["kind"] == "forgotten":
+            self._latest = {key: each for key, each in self._latest.items() if key[1] != record["name"]}
+        else:
+            self._latest[record["kind"], record["name"], record["prompt"]] = record
+
+
+class MethodSampler(Sampler):
+    """A sampler that knows contenders by their names; see :class:`Sampler`.
+
+    Attributes:
+        recipes: by name.
+        control: acts in every run while it is there.
+        report: of the latest run with a contender.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.recipes: dict[str, Recipe] = {}
+        self.control: CallKeeper | PlanQuality | None = None
+        self.report: Report | None = None
+
+    def sample(self, prompt: str, index: int, attention: str) -> Sample:
+        """As there; the density of sparse calls alone is said, too."""
+        sample = super().sample(prompt, index, attention)
+        if attention == DENSE or self.report is None or sample.attention is None:
+            return sample
+        return sample._replace(attention=sample.attention | {"sparse_density": sparse_density(self.report.sites)})
+
+    def _arguments(self, index: int) -> dict[str, Any]:
+        """As there; what is only looked at needs no decoding."""
+        return super()._arguments(index) | ({} if self.control is None else {"output_type": "latent"})
+
+    @contextmanager
+    def _accelerated(self, attention: str) -> Iterator[Acceleration | None]:
+        import dit_accel
+
+        if attention == DENSE and self.control is None:
+            yield None
+            return
+        processor, order_for = (None, None) if attention == DENSE else self.recipes[attention]
+        controls = () if self.control is None else (self.control,)
+        with dit_accel.accelerate(self.pipe, processor, controls=controls, token_order=order_for) as acceleration:
+            if isinstance(self.control, PlanQuality):
+                self.control.attach(self.pipe)
+            yield acceleration
+            self.report = acceleration.report()
+
+
+class Bench:
+    """Brings contenders to their settings, looks at their plans, and renders prompts.
+
+    Args:
+        sampler: of the model.
+        subset: its prompts.
+        results: where all is kept, and what is there already.
+        target: density that is to be equal, in (0, 1].
+    """
+
+    def __init__(self, sampler: MethodSampler, subset: Subset, results: Results, target: float) -> None:
+        self.sampler, self.subset, self.results, self.target = sampler, subset, results, target
+        self.steps = measured_steps(sampler.settings.steps)
+        self._density: Callable[..., float | None] | None = None
+        self._earlier: torch.Tensor | None = None  # dense clip of the first prompt
+
+    def settle(self, everyone: Sequence[Contender], chosen: Sequence[Contender]) -> list[tuple[Contender, Record]]:
+        """Finds the settings of the contenders that are chosen, tuned where there are knobs, and looks at their plans.
+
+        Returns:
+            with each contender, ``options``, ``settings`` (all of the method) and ``refusal`` (why it cannot act, or
+            None); others of ``everyone`` are there as an earlier run left them.
+        """
+        found = [(each, self._settle(each) if each in chosen else self._known(each)) for each in everyone]
+        return [(each, settled) for each, settled in found if settled is not None]
+
+    def render(self, index: int, contenders: Sequence[Contender]) -> None:
+        """Renders what is missing of a prompt, dense and by contenders, in an order that differs between prompts."""
+        missing = [each.name for each in contenders if not self._rendered(each.name, index)]
+        if not missing and self.results.get(DENSE, DENSE, index):
+            return
+        everyone = [DENSE, *(each.name for each in contenders)]
+        turn = index % len(everyone)
+        dense: Sample | None = None
+        waiting: list[tuple[str, Sample]] = []  # for the dense one, without which they cannot be compared
+        for way in [*everyone[turn:], *everyone[:turn]]:
+            if way != DENSE and way not in missing:
+                continue
+            sample = self.sampler.sample(self.subset.prompts[index].prompt, index, way)
+            if way == DENSE:
+                dense = sample
+                self._keep_dense(index, sample)
+            else:
+                waiting.append((way, sample))
+            while dense is not None and waiting:
+                self._keep(index, *waiting.pop(0), dense)
+
+    def warm_up(self) -> None:
+        """A dense run of the first prompt, which takes slow beginnings away; how far the next is from it is kept."""
+        if self.results.get("noise_floor", DENSE) is None:
+            self._earlier = self.sampler.sample(self.subset.prompts[0].prompt, 0, DENSE).video
+
+    def _settle(self, contender: Contender) -> Record:
+        found = self._known(contender)
+        if found is None or not _is_still(contender, found):
+            found = self._settled(contender)
+            self.results.add("settled", contender.name, _asked(contender) | found)
+            tell(f"{contender.name}: {found['refusal'] or found['options']}")
+        if found["refusal"] is not None:
+            return found
+        recipe = contender.recipe(found["options"])
+        self.sampler.recipes[contender.name] = Recipe(recipe, contender.order_for(recipe))
+        return found | {"refusal": self._look_at_plans(contender, recipe)}
+
+    def _known(self, contender: Contender) -> Record | None:
+        return self.results.get("settled", contender.name, **_asked(contender))
+
+    def _settled(self, contender: Contender) -> Record:
+        options: Options = {}
+        try:
+            recipe = contender.recipe(options)
+            if contender.knobs:
+                options = self._tuned(contender)
+                recipe = contender.recipe(options)
+            contender.order_for(recipe)
+        except REFUSALS as error:
+            return {"options": options, "settings": {}, "refusal": str(error)}
+        return {"options": options, "settings": recipe.settings(), "refusal": None}
+
+    def _tuned(self, contender: Contender) -> Options:
+        if self._density is None:
+            keeper = CallKeeper(self.steps)
+            self._with(keeper, DENSE)
+            self._density = density_on(keeper.calls)
+        density = self._density
+
+        def of(options: Options) -> float | None:
+            recipe = contender.recipe(options)
+            return density(recipe, contender.order_for(recipe))
+
+        return tune(of, contender.knobs, self.target)[0]
+
+    def _look_at_plans(self, contender: Contender, recipe: SparseAttnProcessor) -> str | None:
+        """A run of the first prompt that is not timed; says why the contender cannot act, or None."""
+        if self.results.get("plans", contender.name, settings=recipe.settings()) is not None:
+            return None
+        quality = PlanQuality(recipe, self.steps)
+        try:
+            self._with(quality, contender.name)
+        except REFUSALS as error:  # not kept: what was missing may be there next time
+            tell(f"{contender.name}: {error}")
+            return str(error)
+        result = quality.result()
+        self.results.add("plans", contender.name, {"settings": recipe.settings(), **result})
+        tell(f"{contender.name}: recall {result['recall']}, error of the output {result['output_error']}")
+        return None
+
+    def _with(self, control: CallKeeper | PlanQuality, way: str) -> None:
+        self.sampler.control = control
+        try:
+            self.sampler.sample(self.subset.prompts[0].prompt, 0, way)
+        finally:
+            self.sampler.control = None
+
+    def _rendered(self, name: str, index: int) -> bool:
+        settings = self.sampler.recipes[name].processor.settings()
+        return self.results.get("run", name, index, settings=settings) is not None
+
+    def _keep_dense(self, index: int, sample: Sample) -> None:
+        if index == 0 and self._earlier is not None:
+            floor = decibels(noise_floor([self._earlier, sample.video]))
+            self.results.add("noise_floor", DENSE, {"psnr_db": floor})
+        self.results.add(DENSE, DENSE, self._judged(index, sample), index)
+        tell(f"[{index + 1}/{len(self.subset.prompts)}] dense: {sample.sampling_seconds:.1f} s")
+
+    def _keep(self, index: int, name: str, sample: Sample, dense: Sample) -> None:
+        content = {
+            "settings": self.sampler.recipes[name].processor.settings(),
+            **self._judged(index, sample),
+            "dense_sampling_seconds": round(dense.sampling_seconds, 3),
+            "psnr_db": decibels(psnr(sample.video, dense.video)),
+            "ssim": round(ssim(sample.video, dense.video), 4),
+            **(sample.attention or {}),
+        }
+        self.results.add("run", name, content, index)
+        speedup = dense.sampling_seconds / sample.sampling_seconds
+        tell(f"[{index + 1}/{len(self.subset.prompts)}] {name}: PSNR {content['psnr_db']}, {speedup:.2f} x")
+
+    def _judged(self, index: int, sample: Sample) -> Record:
+        found = judged(sample.video, self.subset.prompts[index], self.subset.slots)
+        verdict: Record = {name: found[name] for name in ("right", "all", "bound") if name in found}
+        return {**verdict, "sampling_seconds": round(sample.sampling_seconds, 3)}
+
+
+def _asked(contender: Contender) -> Record:
+    return {"method": contender.method, "asked": contender.options, "order": contender.order}
+
+
+def _is_still(contender: Contender, settled: Record) -> bool:
+    """Whether the settings are still those of the method, whose defaults may have changed since."""
+    if settled["refusal"] is not None:
+        return False
+    return bool(plain(contender.recipe(settled["options"]).settings()) == settled["settings"])
+
+
+def plain(content: Any) -> Any:
+    """As JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(content))
