@@ -47,8 +47,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --quiet --editable ".[$(EXTRAS)]" --constraint constraints.txt
 	@touch $@
 
+# A worker for each core, with one thread each; a file stays with one worker, which shares what its tests prepare.
 test: $(STAMP)
-	$(OFFLINE) $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 demo: $(STAMP)
 	@mkdir -p demo
