@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .controls import AttentionControl, AttentionMassRecorder
     from .families import Family, UnknownModelError, register_family
     from .install import BlockHook, BlockRecorder, TokenPermutation
+    from .plan.schedule import Schedule
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOMES = {
     "BlockHook": ".install",
     "BlockRecorder": ".install",
     "Family": ".families",
+    "Schedule": ".plan.schedule",
     "TokenPermutation": ".install",
     "UnknownModelError": ".families",
     "register_family": ".families",
@@ -45,6 +47,7 @@ __all__ = [
     "BlockHook",
     "BlockRecorder",
     "Family",
+    "Schedule",
     "TokenPermutation",
     "UnknownModelError",
     "accelerate",

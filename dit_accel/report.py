@@ -25,6 +25,23 @@ class SiteReport:
     kept: float = 0.0
 
 
+@dataclass(frozen=True)
+class ChoiceReport:
+    """What ``attention="auto"`` chose at the start of the latest generation.
+
+    Attributes:
+        method: its name, or ``"dense"``.
+        reason: why.
+        recipe: the method with its settings, as text; None if dense.
+        preset: name and source of the preset that settings come from; None without one.
+    """
+
+    method: str
+    reason: str
+    recipe: str | None
+    preset: str | None
+
+
 @dataclass
 class Report:
     """See :meth:`dit_accel.Acceleration.report`.
@@ -38,6 +55,9 @@ class Report:
         steps: sampling steps seen in the latest generation.
         sites: one entry per attention module the method applies to.
         fallbacks: site path to reason, for calls that should have been sparse and ran dense.
+        preset: name and source of the preset that settings come from, and which of them were given otherwise; None
+            without one.
+        choices: what was chosen for each expert, if the choice was left open.
     """
 
     method: str | None
@@ -47,6 +67,8 @@ class Report:
     steps: int
     sites: list[SiteReport] = field(default_factory=list)
     fallbacks: dict[str, str] = field(default_factory=dict)
+    preset: str | None = None
+    choices: dict[str, ChoiceReport] = field(default_factory=dict)
 
     @property
     def density(self) -> float:
@@ -68,6 +90,11 @@ class Report:
             f"kept pairs: {self.density:.1%} over all calls"
             + (f", {self.plan_density:.1%} in the plan" if self.plan_density is not None else ""),
         ]
+        if self.preset:
+            lines.append(f"preset: {self.preset}")
+        for expert, choice in self.choices.items():
+            lines += [f"chosen for {expert}: {choice.recipe or choice.method}", f"because: {choice.reason}"]
+            lines += [f"preset: {choice.preset}"] if choice.preset else []
         if self.backend:
             lines.append(f"backend: {self.backend} ({self.backend_reason})")
         lines += [f"FALLBACK {path}: {reason}" for path, reason in self.fallbacks.items()]

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from .adaspa import AdaSpaAttnProcessor
+from .agent import AgentAttnProcessor
 from .base import DynamicAttnProcessor, SparseAttnProcessor, StaticAttnProcessor
 from .block_routing import BlockRoutingAttnProcessor
+from .cluster import ClusterAttnProcessor
 from .compensated import CompensatedAttnProcessor
+from .grid import GridAttnProcessor
+from .learned_gate import LearnedGateAttnProcessor
 from .neighborhood import NeighborhoodAttnProcessor
+from .operator import OperatorAttnProcessor
 from .radial import RadialAttnProcessor
 from .vmoba import VMOBA_PRESETS, VMoBAAttnProcessor
 
@@ -18,7 +23,11 @@ ATTENTION: dict[str, type[SparseAttnProcessor]] = {
     "neighborhood": NeighborhoodAttnProcessor,
     "block_routing": BlockRoutingAttnProcessor,
     "compensated": CompensatedAttnProcessor,
+    "cluster": ClusterAttnProcessor,
     "vmoba": VMoBAAttnProcessor,
+    "agent": AgentAttnProcessor,
+    "grid": GridAttnProcessor,
+    "learned_gate": LearnedGateAttnProcessor,
 }
 
 
@@ -40,10 +49,15 @@ __all__ = [
     "ATTENTION",
     "VMOBA_PRESETS",
     "AdaSpaAttnProcessor",
+    "AgentAttnProcessor",
     "BlockRoutingAttnProcessor",
+    "ClusterAttnProcessor",
     "CompensatedAttnProcessor",
     "DynamicAttnProcessor",
+    "GridAttnProcessor",
+    "LearnedGateAttnProcessor",
     "NeighborhoodAttnProcessor",
+    "OperatorAttnProcessor",
     "RadialAttnProcessor",
     "SparseAttnProcessor",
     "StaticAttnProcessor",

@@ -55,7 +55,7 @@ def render_job(loaded: Loaded, settings: Settings) -> Job:
         UsageError: if the pipeline or the acceleration refuses the settings.
         EnvironmentProblem: if memory does not suffice.
     """
-    with _threads(settings.threads):
+    with limited_threads(settings.threads):
         if settings.compare:
             return _compare(loaded, settings)
         return Job(loaded.load_s, *_sample_as_asked(loaded.pipe, settings))
@@ -75,12 +75,18 @@ def _compare(loaded: Loaded, settings: Settings) -> Job:
     """Dense, accelerated, dense again: the repetition gives the noise floor, and cancels a drift in speed."""
     pipe = loaded.pipe
     warm_up(pipe, settings, decode=True)
-    with _accelerated(pipe, settings, dense_steps=0):
-        warm_up(pipe, settings, decode=False)
+    with _accelerated(pipe, settings, **_sparse_at_once(settings)):
+        warm_up(pipe, settings, decode=False, steps=2)  # some methods search in the first, and are sparse in the next
     dense = sample(pipe, settings, "dense")
     run, acceleration = _sample_as_asked(pipe, settings)
     again = sample(pipe, settings, "dense again")
     return Job(loaded.load_s, run, acceleration, dense, plain(_measure(run, dense, again)))
+
+
+def _sparse_at_once(settings: Settings) -> dict[str, Any]:
+    """The change of the method's settings by which no step is dense, so that two steps show what a warm-up must."""
+    schedule = settings.method.get("schedule")
+    return {"dense_steps": 0} if schedule is None else {"schedule": {**schedule, "dense_steps": 0}}
 
 
 def _measure(run: Run, dense: Run, again: Run) -> dict[str, Any]:
@@ -104,7 +110,9 @@ def _accelerated(pipe: DiffusionPipeline, settings: Settings, **changes: Any) ->
     from dit_accel import accelerate
 
     try:
-        handle = accelerate(pipe, attention=settings.attention, **{**settings.method, **changes})
+        handle = accelerate(
+            pipe, attention=settings.attention, preset=settings.preset, **{**settings.method, **changes}
+        )
     except (ValueError, NotImplementedError) as error:
         raise UsageError(f"{one_line(error)} (--attention dense renders without it)") from error
     with handle:
@@ -112,7 +120,8 @@ def _accelerated(pipe: DiffusionPipeline, settings: Settings, **changes: Any) ->
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def limited_threads(count: int | None) -> Iterator[None]:
+    """Lets torch use so many CPU threads inside; None for as many as it likes."""
     before = torch.get_num_threads()
     try:
         if count is not None:

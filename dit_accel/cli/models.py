@@ -16,6 +16,7 @@ from .versions import installed
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from dit_accel.families import Family
     from dit_accel.shapes.info import ModelInfo
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,6 +39,7 @@ class Model:
         width_step: likewise for the width.
         shapes: how it is sampled and what it was trained on, if it belongs to the shapes zoo and so speaks the shapes
             world's language only; else None.
+        config: the configuration of its transformer; empty if it has none.
     """
 
     name: str
@@ -48,6 +50,18 @@ class Model:
     height_step: int | None
     width_step: int | None
     shapes: ModelInfo | None
+    config: dict[str, Any]
+
+    def families(self) -> list[Family]:
+        """Those of its roots.
+
+        Raises:
+            UnknownModelError: if one of them is of no registered family.
+        """
+        from dit_accel.families import family_of
+
+        # Only the class of a root is looked at, so an empty object will do.
+        return [family_of(object.__new__(root)) for root in self.roots.values()]
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -55,18 +69,23 @@ class Model:
         return dict(inspect.signature(self.pipeline.__call__).parameters)
 
 
-def locate(name: str) -> Model:
+def locate(name: str, images: bool = False) -> Model:
     """Finds a model and reads its small files.
 
+    Args:
+        name: a shipped model, a folder, or a hub id.
+        images: whether models of images will do.
+
     Raises:
-        UsageError: if there is no such model, its index is damaged, or it does not turn a prompt into a video.
+        UsageError: if there is no such model, its index is damaged, or it does not turn a prompt into a video (or an
+            image, if that will do).
         EnvironmentProblem: if diffusers, the shipped weights or the network are missing.
     """
     source = _source(name)
     index = _read_json(source, INDEX)
     if index is None:
         raise UsageError(f"'{name}' has no {INDEX}; give the folder that a diffusers pipeline was saved to")
-    pipeline = _pipeline_class(name, index)
+    pipeline = _pipeline_class(name, index, images)
     if isinstance(source, Path):
         _check_components(source, index)
     vae, transformer = (_read_json(source, f"{part}/config.json") or {} for part in ("vae", "transformer"))
@@ -76,7 +95,7 @@ def locate(name: str) -> Model:
     if isinstance(spatial, int) and isinstance(patch, list) and len(patch) == 3:
         height_step, width_step = spatial * patch[1], spatial * patch[2]
     shapes = _shapes_info(source) if isinstance(source, Path) else None
-    return Model(name, source, pipeline, _roots(index), temporal, height_step, width_step, shapes)
+    return Model(name, source, pipeline, _roots(index), temporal, height_step, width_step, shapes, transformer)
 
 
 def _source(name: str) -> Path | str:
@@ -141,7 +160,7 @@ def _download(hub_id: str, file: str) -> Path | None:
         raise EnvironmentProblem(f"cannot get '{hub_id}' from the hub: {one_line(error)}") from error
 
 
-def _pipeline_class(name: str, index: dict[str, Any]) -> type[DiffusionPipeline]:
+def _pipeline_class(name: str, index: dict[str, Any], images: bool) -> type[DiffusionPipeline]:
     import diffusers
 
     class_name = index.get("_class_name")
@@ -152,10 +171,11 @@ def _pipeline_class(name: str, index: dict[str, Any]) -> type[DiffusionPipeline]
             "upgrade diffusers, or choose another model"
         )
     parameters = inspect.signature(found.__call__).parameters
-    if "num_frames" not in parameters:
+    if "num_frames" not in parameters and not images:
         raise UsageError(f"'{name}' is a {class_name}, which makes no videos; choose a text-to-video model")
     if "prompt" not in parameters or {"image", "video"} & set(parameters):
-        raise UsageError(f"'{name}' is a {class_name}, which needs more than a prompt; choose a text-to-video model")
+        wanted = "text-to-video or text-to-image" if images else "text-to-video"
+        raise UsageError(f"'{name}' is a {class_name}, which needs more than a prompt; choose a {wanted} model")
     return found
 
 

@@ -7,44 +7,37 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import UsageError, one_line
+from .option import Option, option
 from .plain import plain
 
-OPTIONS = ("window", "stride", "dilation", "causal", "tile", "snap")
 
-
-def add_arguments(group: argparse._ActionsContainer, *, layers: bool = True) -> None:
-    """Declares the options; ``layers`` for those that need several layers to differ."""
-    group.add_argument(
-        "--window",
-        type=per_axis(_number),
-        metavar="N[xNxN]",
-        help="neighborhood: keys of a query, 18x24x24 tokens or 0.6 of each side (default: 0.6)",
-    )
-    group.add_argument(
-        "--stride",
-        type=per_axis(int, "tile"),
-        metavar="N[xNxN]",
-        help="neighborhood: queries that share a window, or tile",
-    )
+def own_options(*, layers: bool = True) -> tuple[Option, ...]:
+    """The options; ``layers`` for those that need several layers to differ."""
     words = ("widest", "alternate") if layers else ("widest",)
-    group.add_argument(
-        "--dilation",
-        type=per_axis(int, *words),
-        metavar="N[xNxN]",
-        help=f"neighborhood: distance between keys, or {' or '.join(words)}",
+    return (
+        option(
+            "window",
+            "keys of a query, 18x24x24 tokens or 0.6 of each side (default: 0.6)",
+            type=per_axis(_number),
+            metavar="N[xNxN]",
+        ),
+        option("stride", "queries that share a window, or tile", type=per_axis(int, "tile"), metavar="N[xNxN]"),
+        option(
+            "dilation",
+            f"distance between keys, or {' or '.join(words)}",
+            type=per_axis(int, *words),
+            metavar="N[xNxN]",
+        ),
+        option("causal", "no later keys, such as 1x0x0 for frames", type=per_axis(_bit), metavar="B[xBxB]"),
+        option("tile", "tokens of a tile (default: chosen)", type=per_axis(int), metavar="N[xNxN]"),
+        option("snap", "compute all blocks that it touches whole", action="store_true"),
     )
-    group.add_argument(
-        "--causal",
-        type=per_axis(_bit),
-        metavar="B[xBxB]",
-        help="neighborhood: no later keys, such as 1x0x0 for frames",
-    )
-    group.add_argument(
-        "--tile", type=per_axis(int), metavar="N[xNxN]", help="neighborhood: tokens of a tile (default: chosen)"
-    )
-    group.add_argument(
-        "--snap", action="store_true", default=None, help="neighborhood: compute all blocks that it touches whole"
-    )
+
+
+def add_arguments(group: argparse._ActionsContainer, *, layers: bool) -> None:
+    """Declares the options among those of other methods."""
+    for each in own_options(layers=layers):
+        each.add_to(group, before="neighborhood: ")
 
 
 def per_axis(number: Callable[[str], Any], *words: str) -> Callable[[str], Any]:
@@ -74,7 +67,8 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     from dit_accel.plan.neighborhood import neighborhood_plan, shape_for
     from dit_accel.plan.tile_cost import simulation
 
-    given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
+    names = [each.name for each in own_options()]
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     snap = {"snap": given.pop("snap", False)}
     try:
         shape = shape_for(options.grid, block=options.block, **given)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import EnvironmentProblem, UsageError, one_line
-from .watch import Watch, watched
+from .watch import Watch, stopping, watched
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -62,25 +64,48 @@ def sample(pipe: DiffusionPipeline, settings: Settings, label: str) -> Run:
     return run
 
 
-def warm_up(pipe: DiffusionPipeline, settings: Settings, decode: bool) -> None:
-    """Makes one untimed step, so that the first timed run does not pay for compiling and allocating."""
-    arguments = {**settings.call_arguments(), "num_inference_steps": 1}
-    _call(pipe, arguments, settings, "warm-up", "np" if decode else "latent")
+def warm_up(pipe: DiffusionPipeline, settings: Settings, decode: bool, steps: int = 1) -> None:
+    """Makes some untimed steps, so that the first timed run does not pay for compiling and allocating.
+
+    ``--attention auto`` chooses by the number of steps, so its steps are the first of as many as will be made.
+    """
+    steps = min(steps, settings.steps or steps)
+    of_many = settings.attention == "auto"
+    arguments = settings.call_arguments() | ({} if of_many else {"num_inference_steps": steps})
+    _call(pipe, arguments, settings, "warm-up", "np" if decode else "latent", last=steps - 1 if of_many else None)
 
 
 def _call(
-    pipe: DiffusionPipeline, arguments: dict[str, Any], settings: Settings, label: str, output_type: str
+    pipe: DiffusionPipeline,
+    arguments: dict[str, Any],
+    settings: Settings,
+    label: str,
+    output_type: str,
+    last: int | None = None,
 ) -> tuple[Any, Watch, float, float]:
     # Noise from a CPU generator is the same on every device.
     generator = torch.Generator().manual_seed(settings.seed)
     with watched(pipe, arguments.get("num_inference_steps"), label) as (watch, extra):
+        extra = extra if last is None else stopping(extra, last)
         start = watch.now()
-        try:
+        with explained_errors():
             output = pipe(**arguments, **extra, generator=generator, output_type=output_type)
-        except (ValueError, NotImplementedError) as error:
-            raise UsageError(one_line(error)) from error
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise EnvironmentProblem(
-                f"memory does not suffice: {one_line(error)}; try fewer --frames, a smaller size or --dtype bfloat16"
-            ) from error
         return output, watch, start, watch.now()
+
+
+@contextmanager
+def explained_errors() -> Iterator[None]:
+    """Around the call of a pipeline: what it refuses is bad input, and too little memory is told with a way out.
+
+    Raises:
+        UsageError: for what the pipeline refuses.
+        EnvironmentProblem: if memory does not suffice.
+    """
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(one_line(error)) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise EnvironmentProblem(
+            f"memory does not suffice: {one_line(error)}; try fewer --frames, a smaller size or --dtype bfloat16"
+        ) from error

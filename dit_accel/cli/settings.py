@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import EnvironmentProblem, UsageError, one_line
+from .method_options import CHOICES, given_options, given_settings, options_of
 from .models import Model, check_multiple
-from .neighborhood import OPTIONS as NEIGHBORHOOD_OPTIONS
+from .option import Option
 
 if TYPE_CHECKING:
     from dit_accel.shapes.info import ModelInfo
@@ -23,18 +24,6 @@ ARGUMENTS = {
     "guidance": "guidance_scale",
     "negative_prompt": "negative_prompt",
 }
-COMMON_OPTIONS = ("block", "dense_steps", "dense_layers", "backend")
-OWN_OPTIONS = {  # of each method, besides the common ones
-    "radial": ("decay", "rule", "mask"),
-    "neighborhood": NEIGHBORHOOD_OPTIONS,
-    "adaspa": (
-        *("density", "levels", "recall", "recall_over", "min_density", "max_density"),
-        *("search_again", "drift", "cache_lse", "compensate"),
-    ),
-    "block_routing": ("score", "select", "amount", "search_every", "head_shared", "first_frame", "compensate"),
-    "compensated": ("tau", "variance", "density", "morton", "search_every", "compensate"),
-    "vmoba": ("chunk", "patch", "cube", "select", "amount", "scope", "boundaries", "search_every", "compensate"),
-}
 FPS = {"Wan": 16, "HunyuanVideo": 24, "LTX": 24, "CogVideoX": 8, "Mochi": 30}  # what their authors play them at
 OTHER_FPS = 16
 
@@ -44,8 +33,9 @@ class Settings:
     """One rendering. None means that the pipeline has no such argument, or decides itself.
 
     Attributes:
-        attention: name of a method, or ``"dense"``.
+        attention: name of a method, ``"auto"`` or ``"dense"``.
         method: all options of the method; empty if dense.
+        preset: name of the preset that some of them come from; None without one.
         compare: whether to render dense too.
         fps: frames per second of the file.
         device: such as ``"cpu"`` or ``"cuda:0"``.
@@ -59,6 +49,7 @@ class Settings:
     pipeline: str
     attention: str
     method: dict[str, Any]
+    preset: str | None
     compare: bool
     steps: int | None
     seed: int
@@ -97,12 +88,14 @@ def resolve(options: argparse.Namespace, model: Model) -> Settings:
     check_multiple("height", sampling["height"], model.height_step)
     check_multiple("width", sampling["width"], model.width_step)
     device = _device(options.device)
+    method, preset = _method(options, model)
     return Settings(
         prompt=options.prompt,
         model=options.model,
         pipeline=model.pipeline.__name__,
         attention=options.attention,
-        method=_method(options, model),
+        method=method,
+        preset=preset,
         compare=options.compare,
         seed=secrets.randbelow(2**32) if options.seed is None else options.seed,
         fps=options.fps or (model.shapes and model.shapes.fps) or _usual_fps(model.pipeline.__name__),
@@ -139,46 +132,47 @@ def _check_shapes_language(name: str, info: ModelInfo, prompt: str, negative_pro
         raise UsageError(f"--negative-prompt: '{name}' does not know {unknown[0]!r}; it knows {known}")
 
 
-def _method(options: argparse.Namespace, model: Model) -> dict[str, Any]:
-    """Every setting of the attention method, checked against its name and its own rules."""
-    given = {name: value for name in _all_options() if (value := getattr(options, name)) is not None}
-    _check_belonging(options, given)
+def _method(options: argparse.Namespace, model: Model) -> tuple[dict[str, Any], str | None]:
+    """Every setting of the attention method, checked against its name and its own rules; and the preset it uses."""
+    found = given_options(options)
+    _check_belonging(options, found)
     if options.attention == "dense":
-        return {}
-    from dit_accel.families import family_of
-    from dit_accel.processors import processor_by_name
+        return {}, None
+    from dit_accel.presets import AUTO, ModelFacts, layered, recipe_by_name
 
-    usual = model.shapes.attention if model.shapes else {}
-    chosen = {name: value for name, value in usual.items() if name in _options_of(options.attention)} | given
+    given, usual = given_settings(options, found), model.shapes.attention if model.shapes else {}
+    if options.attention == "auto":
+        chosen = {"usual": usual} | given
+    else:
+        known = {each.setting or each.name for each in options_of(options.attention)}
+        usual = {name: value for name, value in usual.items() if name in known}
+        chosen = layered(options.attention, usual, given)
+    preset = None if options.preset == "none" else options.preset or AUTO
     try:
-        for root in model.roots.values():
-            family_of(object.__new__(root))  # only its class is looked at, so an empty object will do
-        return processor_by_name(options.attention, **chosen).settings()
+        families = model.families()
+        facts = ModelFacts.of_class(next(iter(model.roots.values()), object), model.config, len(model.roots))
+        recipe, completed = recipe_by_name(options.attention, chosen, facts, preset)
+        for family in families:
+            recipe.check_family(family)
     except ValueError as error:
         raise UsageError(f"{one_line(error)} (--attention dense renders without it)") from error
+    return recipe.settings(), completed.preset.name if completed and completed.preset else None
 
 
-def _check_belonging(options: argparse.Namespace, given: dict[str, Any]) -> None:
+def _check_belonging(options: argparse.Namespace, given: list[Option]) -> None:
     """Refuses options that the method does not have."""
     if options.attention == "dense" and options.compare:
         raise UsageError("--compare renders dense anyway; leave out --attention dense")
-    known = _options_of(options.attention)
-    foreign = next((name for name in given if name not in known), None)
+    if options.attention == "dense" and options.preset:
+        raise UsageError("--preset does nothing with --attention dense; leave it out, or name a method")
+    known = options_of(options.attention)
+    foreign = next((each for each in given if each not in known), None)
     if foreign is not None:
-        owners = [method for method in OWN_OPTIONS if foreign in _options_of(method)]
-        flag = foreign.replace("_", "-")
+        owners = [choice for choice in CHOICES if foreign in options_of(choice)]
         raise UsageError(
-            f"--{flag} does nothing with --attention {options.attention}; leave it out, "
+            f"{foreign.flag} does nothing with --attention {options.attention}; leave it out, "
             f"or choose {' or '.join(owners)}"
         )
-
-
-def _options_of(method: str) -> tuple[str, ...]:
-    return () if method == "dense" else COMMON_OPTIONS + OWN_OPTIONS[method]
-
-
-def _all_options() -> tuple[str, ...]:
-    return COMMON_OPTIONS + tuple(name for own in OWN_OPTIONS.values() for name in own)
 
 
 def _device(name: str | None) -> str:

@@ -12,10 +12,14 @@ from .plain import plain
 from .values import amounts, grid, real, whole
 
 NAME = "simulate"
-AT_RUN_TIME = {  # methods that find their plan in queries and keys, and what their settings say of its density
+AT_RUN_TIME = {  # methods without a plan before they run, and what their settings say of its density
     "adaspa": "density keeps that part on average, and all of the text, after the dense steps and a dense search",
+    "agent": "it has no plan at all; a call costs 2 scores for each token and agent, so agents say how many",
     "block_routing": "top_k keeps about the part it is given",
+    "cluster": "density keeps the part it is given; top_p keeps what holds that part of the softmax",
     "compensated": "density keeps the part it is given; tau 1, 1.5 and 2 keep 16, 7 and 2.3 % of Gaussian scores",
+    "grid": "density keeps about the part it is given, by whichever mask a head chooses",
+    "learned_gate": "density keeps the part it is given; threshold keeps what the gate rates above it",
 }
 SUMMARY = "compute the exact density and the predicted speed-up of a sparse plan"
 
@@ -68,9 +72,9 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
         return predict_vmoba(options)
     if options.method in AT_RUN_TIME:
         raise UsageError(
-            f"{options.method} finds its blocks in the queries and keys of each call, so its density is known only at "
-            f"run time ({AT_RUN_TIME[options.method]}); use dit-accel render --attention {options.method}, which "
-            "reports it"
+            f"what {options.method} computes depends on the queries and keys of each call, so its density is known "
+            f"only at run time ({AT_RUN_TIME[options.method]}); use dit-accel render --attention {options.method}, "
+            "which reports it"
         )
     from dit_accel.plan import simulate
     from dit_accel.plan.radial import radial_plan

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable
+from typing import Any
+
+NONE = object()
+"""An option that was given and means None; one that is None was not given."""
 
 
 def whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
@@ -89,6 +94,18 @@ def dense_layers(text: str) -> int | set[int]:
     return set(numbers) if "," in text else numbers[0]
 
 
+def schedule(text: str) -> dict[str, Any]:
+    """A schedule as JSON, ``{"step_budget": [[0.0, 2.0], [0.5, 1.0]]}``; its values are checked by the method."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        example = '{"step_budget": [[0.0, 2.0], [0.5, 1.0]]}'
+        raise argparse.ArgumentTypeError(f"give a JSON object, such as {example}, got {text!r}")
+    return value
+
+
 def grid(text: str) -> tuple[int, int, int]:
     """A token grid, frames x height x width (``18x48x80``)."""
     try:
@@ -98,3 +115,35 @@ def grid(text: str) -> tuple[int, int, int]:
     if min(frames, height, width) < 1:
         raise argparse.ArgumentTypeError(f"give frames x height x width in tokens, such as 18x48x80, got {text!r}")
     return frames, height, width
+
+
+def early_and_later(value: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A converter for one value (``0.4``), or two, for the early and the later steps (``0.95,0.5``)."""
+
+    def convert(text: str) -> Any:
+        both = tuple(value(part) for part in text.split(","))
+        if len(both) > 2:
+            raise argparse.ArgumentTypeError(f"give one value, or two: for early and later steps, got {text!r}")
+        return both if len(both) == 2 else both[0]
+
+    return convert
+
+
+def whole_or_grid(text: str) -> int | tuple[int, int, int]:
+    """A number (``64``), or frames x height x width (``1x2x4``)."""
+    return grid(text) if "x" in text.lower() else whole(1)(text)
+
+
+def wholes(text: str) -> tuple[int, ...]:
+    """Whole numbers above 0, with commas between (``1,2``)."""
+    return tuple(whole(1)(part) for part in text.split(","))
+
+
+def seed_or_even(text: str) -> Any:
+    """A seed, or ``even`` for an even spread in place of a draw, which is :data:`NONE`."""
+    if text == "even":
+        return NONE
+    try:
+        return whole(0, 2**32 - 1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; or give even") from error

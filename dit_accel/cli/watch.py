@@ -84,3 +84,25 @@ def watched(pipe: DiffusionPipeline, steps: int | None, label: str) -> Iterator[
                 stack.callback(root.register_forward_pre_hook(watch.before_pass).remove)
                 stack.callback(root.register_forward_hook(watch.after_pass).remove)
         yield watch, {"callback_on_step_end": watch.after_step} if reports_steps else {}
+
+
+def stopping(extra: dict[str, Any], last: int) -> dict[str, Any]:
+    """What :func:`watched` adds to a call, with the sampling stopped after a step; pipelines skip what is left.
+
+    Those that do not report their steps make all of them.
+
+    Args:
+        extra: from there.
+        last: step after which nothing more is to be done, from 0.
+    """
+    if "callback_on_step_end" not in extra:
+        return extra
+    watch = extra["callback_on_step_end"]
+
+    def after_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if index <= last:
+            values = watch(pipe, index, timestep, values)
+        pipe._interrupt = index >= last
+        return values
+
+    return extra | {"callback_on_step_end": after_step}

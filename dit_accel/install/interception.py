@@ -99,6 +99,7 @@ def bind(stock: Any, site: Site, seat: Seat) -> BoundProcessor:
 
     Raises:
         TypeError: if the stock processor does not call attention by a name we can redirect.
+        ValueError: if it is linear attention.
     """
     stock_class: Any = type(stock)
     return bound_class(stock_class)(stock, site, seat)
@@ -110,6 +111,11 @@ def rebind(stock: Any, seat: Seat, path: str) -> Callable[..., Any]:
     scope = dict(call.__globals__)
     names = set(call.__code__.co_names)
     if not names & {"dispatch_attention_fn", "scaled_dot_product_attention"}:
+        if "Linear" in type(stock).__name__:
+            raise ValueError(
+                f"{type(stock).__name__} at {path} is linear attention, which looks at no pairs of tokens, so no "
+                "method can leave any out; let site_kind return None for it, and act on softmax attention alone"
+            )
         raise TypeError(
             f"{type(stock).__name__} at {path} calls neither dispatch_attention_fn nor "
             "F.scaled_dot_product_attention, so its attention cannot be redirected; restore the default processors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -84,6 +84,11 @@ class RootInstallation:
             for module, site in self.sites.items()
             if not (isinstance(module.processor, BoundProcessor) and module.processor.site is site)
         ]
+
+    def heads_of(self, kinds: Collection[str]) -> dict[SiteInfo, tuple[int, int]]:
+        """Heads and head dimension of every site of some kinds."""
+        modules: dict[SiteInfo, Any] = {site.info: m for m, site in self.sites.items() if site.info.kind in kinds}
+        return {info: (module.heads, module.inner_dim // module.heads) for info, module in modules.items()}
 
     def _install(self, block_hooks: tuple[BlockHook, ...]) -> None:
         for module, site in self.sites.items():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..kernels.sparse_plan import SparsePlan
     from ..layout import TokenLayout
     from ..processors.base import DynamicAttnProcessor, Memory
+    from ..processors.operator import OperatorAttnProcessor
 
 Stock = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -32,6 +33,7 @@ class KeptPlan:
         density: kept pairs over all pairs, a scalar on the plan's device; reading it waits for the device.
         batch: batch size of that call; lists for one item would fit, and fail, any other.
         memory: what the search remembered.
+        factor: of the schedule on the budget of that search.
         measure: of the latest call that followed the plan, a scalar on the device.
     """
 
@@ -40,6 +42,7 @@ class KeptPlan:
     density: torch.Tensor
     batch: int
     memory: Memory = ()
+    factor: float = 1.0
     measure: torch.Tensor | None = None
 
 
@@ -64,11 +67,14 @@ class Site:
         self.plan_batch = 0  # for which a kept plan was found
         self.memory: Memory | None = None  # of the search that found it
         self.search: DynamicAttnProcessor | None = None
+        self.operator: OperatorAttnProcessor | None = None  # computes the coming call itself
+        self.operated = False  # whether it has
         self.setup: Any = None
         self.found: SparsePlan | None = None  # by the search of the latest call
         self.found_batch = 0
         self.found_compiled = False
         self.found_memory: Memory = ()
+        self.factor = 1.0  # of the schedule on the budget of the coming call
         self.found_dense = False  # whether the call that searched ran dense itself
         self.measured: torch.Tensor | None = None
         self.is_stock = True
@@ -85,6 +91,7 @@ class Site:
         search: DynamicAttnProcessor | None = None,
         device: torch.device | None = None,
         renew: bool = False,
+        operator: OperatorAttnProcessor | None = None,
     ) -> None:
         """Sets what the next call does, and which controls act.
 
@@ -92,25 +99,31 @@ class Site:
             state: where in the generation the call stands.
             plan: what to follow, for tokens in raster order; None with ``search`` also None means stock.
             search: finds the plan of the call, unless it lets the site follow the one it kept.
-            device: where the call will run; for ``search``.
+            device: where the call will run; for ``search`` and ``operator``.
             renew: whether it searches in any case.
+            operator: computes the call, unless it leaves the step to the stock processor.
         """
         layout = self.layout or state.layout
         plan = None if plan is None else plan_inside(plan, layout.order)
         self._drop_stale(state, layout)
         self.search, self.found, self.measured, self.memory = search, None, None, None
         self.found_dense = False
+        self.operator, self.operated = None, False
+        if operator is not None and device is not None:
+            self.setup = operator.at_step(self._setup_for(operator, layout, device), self.info, state)
+            self.operator = None if self.setup is None else operator
         if search is not None and device is not None:
-            self.setup = self._setup_for(search, layout, device)
+            self.setup = search.at_step(self._setup_for(search, layout, device), self.info, state)
+            self.factor = search.budget_factor(self.info, state)
             kept = self._kept.get(state.branch)
             if kept is not None:
                 self.plan_batch, self.memory = kept.batch, kept.memory
-                if not (renew or search.renews(self.info, state)):
+                if not (renew or kept.factor != self.factor or search.renews(self.info, state)):
                     plan = kept.plan
         self.plan = plan
         self.active = tuple(control for control in self.controls if control.acts_at(state))
         self.call = AttentionCall(self.info, state, layout) if self.active else None
-        self.is_stock = plan is None and search is None and not self.active
+        self.is_stock = plan is None and search is None and self.operator is None and not self.active
 
     def settle(self, state: StepState) -> float | torch.Tensor | None:
         """After a call: keeps the plan it found, and says how dense the plan was that it followed.
@@ -123,9 +136,12 @@ class Site:
             plan, memory = self.found, self.found_memory
             if self.found_compiled:
                 plan, memory = _own(plan), tuple(part.clone() for part in memory)
-            self._kept[state.branch] = KeptPlan(layout, plan, device_density(plan), self.found_batch, memory)
+            density = device_density(plan)
+            self._kept[state.branch] = KeptPlan(layout, plan, density, self.found_batch, memory, self.factor)
         elif self.measured is not None and (followed := self._kept.get(state.branch)) is not None:
             self._kept[state.branch] = replace(followed, measure=self.measured.clone())
+        if self.operator is not None:
+            return self.operator.cost(self.setup) if self.operated else None
         if self.search is None or self.refusal is not None:
             return None if self.plan is None or self.refusal is not None else self.plan.density
         kept = self._kept.get(state.branch) if self.found is not None or self.plan is not None else None
@@ -142,11 +158,13 @@ class Site:
     @property
     def is_unused(self) -> bool:
         """After a call of the root, if :meth:`settle` gave None: whether the module was never called."""
-        return self.search is not None and self.refusal is None and not self.found_dense
+        finds = self.search is not None or self.operator is not None
+        return finds and self.refusal is None and not self.found_dense
 
     def rest(self) -> None:
         """Makes calls stock again until the next :meth:`prepare`, and lets go of the plan."""
         self.plan, self.search, self.setup, self.found = None, None, None, None
+        self.operator = None
         self.memory, self.found_memory, self.measured = None, (), None
         self.active, self.call, self.is_stock = (), None, True
 
@@ -163,9 +181,13 @@ class Site:
         if kept is not None and kept.layout != layout:
             del self._kept[state.branch]
 
-    def _setup_for(self, search: DynamicAttnProcessor, layout: TokenLayout, device: torch.device) -> Any:
+    def _setup_for(
+        self, search: DynamicAttnProcessor | OperatorAttnProcessor, layout: TokenLayout, device: torch.device
+    ) -> Any:
         if self._set_up is None or self._set_up[:2] != (layout, device):
-            self._set_up = (layout, device, search.set_up(self.info, layout, device))
+            with torch.inference_mode(False):  # what is kept may be used in training later
+                made = search.set_up(self.info, layout, device)
+            self._set_up = (layout, device, made)
         return self._set_up[2]
 
     def attend(
@@ -206,24 +228,29 @@ class Site:
         plain: bool,
         stock: Stock,
     ) -> torch.Tensor:
-        if self.plan is None and self.search is None:
+        if self.plan is None and self.search is None and self.operator is None:
             return stock(query, key, value)
         refusal = self._refuses(query, key, plain)
         if refusal is not None:
             self.refusal = refusal
             return stock(query, key, value)
+        if self.operator is not None:
+            self.operated = True
+            return self.operator.attend(query, key, value, self.setup, scale=scale)
         from ..kernels.attend import attend
         from ..kernels.residual import block_residual
 
-        plan = self._plan_for(query, key, scale)
+        plan = self._plan_for(query, key, value, scale)
         if plan is None:
             return stock(query, key, value)
         residual = None
         if self.search is not None and self.search.compensate:  # means of this call's keys, also for a kept plan
-            residual = block_residual(key, value, plan.block_kv, order=plan.order)
+            residual = block_residual(key, value, plan.block_kv, order=plan.key_order)
         return attend(query, key, value, plan, residual=residual, scale=scale, backend=self.backend)
 
-    def _plan_for(self, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> SparsePlan | None:
+    def _plan_for(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> SparsePlan | None:
         """The plan set by :meth:`prepare`, or a new one if none fits; None: one was found, but run dense."""
         plan, search = self.plan, self.search
         batch = query.shape[0]
@@ -233,7 +260,7 @@ class Site:
                 self.measured = search.measure(query, key, self.memory)
             return plan
         memory = self._memory_for(query, search)
-        found, self.found_memory = search.search(query, key, self.setup, memory, scale=scale)
+        found, self.found_memory = search.search_with_values(query, key, value, self.setup, memory, scale=scale)
         self.found, self.found_batch, self.found_compiled = found, batch, torch.compiler.is_compiling()
         self.found_dense = search.dense_first and memory is None
         return None if self.found_dense else found
@@ -265,4 +292,6 @@ def _own(plan: SparsePlan) -> SparsePlan:
     test = plan.pair_test
     if isinstance(test, Bitmap):
         test = replace(test, slots=test.slots.clone(), words=test.words.clone())
-    return replace(plan, indices=plan.indices.clone(), counts=counts, full_counts=full_counts, pair_test=test)
+    order, kv_order = (None if part is None else part.clone() for part in (plan.order, plan.kv_order))
+    plan = replace(plan, indices=plan.indices.clone(), counts=counts, full_counts=full_counts, pair_test=test)
+    return replace(plan, order=order, kv_order=kv_order)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dit_accel import Acceleration
 from dit_accel.video import read_metadata, read_video
 
 from .conftest import INFO, PROMPT, Command
@@ -82,6 +83,17 @@ def test_radial_options_reach_the_method(render: Command, tmp_path: Path) -> Non
     assert record["acceleration"]["fallbacks"] == {}
 
 
+def test_a_schedule_reaches_the_method(render: Command, tmp_path: Path) -> None:
+    schedule = {"dense_steps": 1, "step_budget": [[0.5, 0.5]], "head_budget": {"1": [1.0, 0.5]}}
+    words = ("--attention", "block_routing", "--block", 64, "--compare", "--frames", 17, "--height", 64, "--width", 64)
+    result = render(*words, "--schedule", json.dumps(schedule))
+    assert result.code == 0, result.err
+    record = record_of(tmp_path)
+    assert record["attention"]["schedule"] == schedule | {"dense_layers": 1}  # the method's own
+    sites = {site["path"]: site for site in record["acceleration"]["sites"]}
+    assert sites["transformer:blocks.1.attn1"]["sparse_calls"] == 2
+
+
 def test_compare_measures_against_dense_from_the_same_noise(render: Command, tmp_path: Path) -> None:
     result = render("--compare", "--dense-steps", 0, "--block", 64, "--frames", 17, "--height", 64, "--width", 64)
     assert result.code == 0, result.err
@@ -96,6 +108,23 @@ def test_compare_measures_against_dense_from_the_same_noise(render: Command, tmp
     assert "PSNR" in result.out and "noise floor" in result.out and "wall time" in result.out
     assert read_video(tmp_path / "out.compare.mp4")[0].shape == (17, 64 + 24, 128, 3)
     assert read_metadata(tmp_path / "out.dense.mp4")["attention"] == {"method": "dense"}
+
+
+def test_the_warm_up_of_compare_follows_a_plan(render: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdaSpa's first search runs dense, so only the step after it shows what sparse steps need."""
+    ran: list[int] = []
+    remove = Acceleration.remove
+
+    def noted(self: Acceleration) -> None:
+        if self._installed:
+            ran.append(sum(site.sparse_calls for site in self.report().sites))
+        remove(self)
+
+    monkeypatch.setattr(Acceleration, "remove", noted)
+    words = ("--steps", 3, "--dense-steps", 1, "--frames", 17, "--height", 64, "--width", 64)
+    result = render("--compare", "--attention", "adaspa", *words)
+    assert result.code == 0, result.err
+    assert ran == [4, 4]  # of 2 layers and 2 branches: the second step of the warm-up, and the third of the run
 
 
 def test_dense_run_of_compare_is_what_dense_alone_gives(render: Command, tmp_path: Path) -> None:
@@ -144,6 +173,17 @@ def test_the_shipped_name_brings_its_own_defaults(command: Command, shipped_mode
     result = command("render", PROMPT, "-o", tmp_path / "out.mp4", "--force", "--fps", 3, "--decay", 0.5)
     record = record_of(tmp_path)
     assert (record["fps"], record["attention"]["decay"], record["attention"]["block"]) == (3, 0.5, 64)
+
+
+def test_a_schedule_leaves_the_shipped_defaults_that_it_does_not_name(
+    command: Command, shipped_model: Path, tmp_path: Path
+) -> None:
+    given = {"step_budget": [[0.0, 2.0]], "dense_layers": [1]}
+    result = command("render", PROMPT, "-o", tmp_path / "out.mp4", "--schedule", json.dumps(given))
+    assert result.code == 0, result.err
+    attention = record_of(tmp_path)["attention"]
+    assert attention["schedule"] == given | {"dense_steps": INFO["attention"]["dense_steps"]}
+    assert attention["decay"] == INFO["attention"]["decay"] and "dense_steps" not in attention
 
 
 def test_a_folder_of_the_shapes_zoo_does_so_too(command: Command, shipped_model: Path, tmp_path: Path) -> None:

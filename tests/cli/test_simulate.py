@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from dit_accel.processors import ATTENTION
+
 from .conftest import Command
 
 
@@ -93,7 +95,7 @@ def test_neighborhood_table_and_refusal(command: Command) -> None:
     assert result.code == 2 and "window 17 is larger than the 16 rows of the grid; give 1 to 16" in result.err
 
 
-@pytest.mark.parametrize("method", ["adaspa", "block_routing", "compensated"])
+@pytest.mark.parametrize("method", sorted(set(ATTENTION) - {"radial", "neighborhood", "vmoba"}))
 def test_a_plan_that_is_found_while_running_is_not_predicted(command: Command, method: str) -> None:
     result = command("simulate", "--method", method, "--grid", "9x16x16")
     assert result.code == 2

@@ -360,3 +360,21 @@ def test_plans_found_by_compiled_code_own_their_lists(t2v):
     for mine, theirs in zip(kept, found, strict=True):
         assert torch.equal(mine.indices, theirs.indices) and torch.equal(mine.counts, theirs.counts)
         assert mine.indices.data_ptr() != theirs.indices.data_ptr() and mine.full_counts is mine.counts
+
+
+@pytest.mark.parametrize("method", ["neighborhood", "block_routing", "compensated", "vmoba", "agent", "grid"])
+def test_what_is_set_up_under_inference_mode_serves_training_later(t2v, method):
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 3, 4, 4),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 16, 64),
+        "return_dict": False,
+    }
+    with dit_accel.accelerate(t2v.pipe, method, dense_steps=0, dense_layers=0) as accelerated:
+        with torch.inference_mode():
+            accelerated.clock.set_step(0, 4)
+            t2v.root(**inputs)
+        accelerated.clock.set_step(0, 4)
+        t2v.root(**inputs)[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in t2v.root.blocks[0].attn1.to_q.parameters())
+    t2v.root.zero_grad()

@@ -87,8 +87,11 @@ def test_settings_rebuild_an_equal_recipe():
 
 
 def test_backend_chosen_later_reaches_the_stock_attention(t2v):
+    from diffusers.models.attention_dispatch import attention_backend
+
     stock = t2v.run()
-    with dit_accel.accelerate(t2v.pipe, controls=[dit_accel.AttentionControl()]):
+    # The choice is kept for the whole process, too, and resetting the model leaves it there; the context does not.
+    with attention_backend(), dit_accel.accelerate(t2v.pipe, controls=[dit_accel.AttentionControl()]):
         t2v.pipe.transformer.set_attention_backend("_native_math")
         chosen = {str(processor._attention_backend) for processor in t2v.pipe.transformer.attn_processors.values()}
         output = t2v.run()
