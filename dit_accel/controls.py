@@ -108,9 +108,9 @@ class AttentionMassRecorder(AttentionControl):
     """Records how much attention each block of queries pays to each block of keys.
 
     :attr:`masses` maps ``(expert, path, step, branch)`` to a float32 CPU tensor ``[heads, query blocks, key blocks]``,
-    averaged over the batch; each row sums to 1. Blocks are runs of positions, whatever the order of tokens. It is the
-    dense softmax of the query and key of the call, whatever computed the output, and costs about as much as dense
-    attention.
+    averaged over the batch; each row sums to 1. Blocks are runs of positions, whatever the order of tokens;
+    padding at the end, which the model's mask hides, is left out. It is the dense softmax of the query and key of the
+    call, whatever computed the output, and costs about as much as dense attention.
 
     Args:
         block: tokens per block.
@@ -137,6 +137,8 @@ class AttentionMassRecorder(AttentionControl):
     ) -> None:
         """Adds the block masses of this call to :attr:`masses`."""
         where = (call.site.expert, call.site.path, call.state.step, call.state.branch)
+        if call.site.kind != "cross" and call.layout.padding:
+            query, key = (part[:, :, : -call.layout.padding] for part in (query, key))
         self.masses[where] = block_mass(query, key, self.block).mean(0).cpu()
 
 

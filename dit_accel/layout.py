@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,6 +56,20 @@ class TokenLayout:
         """All tokens of the sequence, padding included."""
         stops = [self.visual[1], *(part[1] for part in self.references), *([self.text[1]] if self.text else [])]
         return max(stops) + self.padding
+
+    def without_end(self, count: int) -> TokenLayout:
+        """The layout of the sequence without its last tokens, which must be text.
+
+        Raises:
+            ValueError: if there are not as many tokens of text at the end.
+        """
+        if not count:
+            return self
+        if self.text is None or self.text[1] != self.length or self.text_tokens < count:
+            raise ValueError(f"the last {count} tokens of {self} are not all text, so they cannot be padding")
+        stop = self.text[1] - count
+        order = None if self.order is None else self.order[: self.length - count]
+        return replace(self, text=(self.text[0], stop) if stop > self.text[0] else None, order=order)
 
     @classmethod
     def video_only(cls, grid: tuple[int, int, int]) -> TokenLayout:

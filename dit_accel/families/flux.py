@@ -6,18 +6,18 @@ Images that are given to the model (Kontext) follow the image that is made.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..layout import TokenLayout
+from .reading import ReadOnce
 from .registry import Family, register_family
+from .streams import BlockStreams
 
 _Grid = tuple[int, int, tuple[int, ...]]  # height and width of the image, tokens of each reference image
-_GRIDS: MutableMapping[torch.Tensor, tuple[int, _Grid]] = WeakTensorKeyDictionary()
 
 
 def _layout(root: Any, arguments: Mapping[str, Any]) -> TokenLayout:
@@ -33,16 +33,6 @@ def _layout(root: Any, arguments: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout(
         (1, height, width), (text, stop), text=(0, text) if text else None, references=tuple(itertools.pairwise(edges))
     )
-
-
-def _grid(ids: torch.Tensor) -> _Grid:
-    """Reads the packed grid off its ids; once per tensor, since that waits for the device."""
-    version = 0 if ids.is_inference() else ids._version  # who writes into it makes it another grid
-    known = _GRIDS.get(ids)
-    if known is None or known[0] != version:
-        known = (version, _read_grid(ids))
-        _GRIDS[ids] = known
-    return known[1]
 
 
 def _read_grid(ids: torch.Tensor) -> _Grid:
@@ -64,9 +54,22 @@ def _read_grid(ids: torch.Tensor) -> _Grid:
     return height, width, tuple(counts[1:].tolist())
 
 
+_grid = ReadOnce(lambda ids: _read_grid(ids))
+
+
 def _site_kind(path: str, module: nn.Module) -> str | None:
     return "joint" if path.startswith(("transformer_blocks.", "single_transformer_blocks.")) else None
 
+
+def _modulated(
+    root: Any, arguments: Mapping[str, Any], block: Any, block_arguments: Mapping[str, Any]
+) -> torch.Tensor:
+    """``[batch, image tokens, channels]``: the input of the first attention."""
+    output: torch.Tensor = block.norm1(block_arguments["hidden_states"], emb=block_arguments["temb"])[0]
+    return output
+
+
+_STREAMS = BlockStreams(("encoder_hidden_states", "hidden_states"))
 
 FLUX = register_family(
     Family(
@@ -76,5 +79,8 @@ FLUX = register_family(
         block_lists=("transformer_blocks", "single_transformer_blocks"),
         pipeline_roots=("transformer",),
         makes_video=False,
+        block_streams={"transformer_blocks": _STREAMS, "single_transformer_blocks": _STREAMS},
+        modulated={"default": _modulated},
+        mlp_names=("ff", "ff_context"),  # of double blocks; single ones project attention and MLP together
     )
 )

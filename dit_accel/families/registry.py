@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
+from .streams import BlockStreams, Modulated
 
 
 class UnknownModelError(ValueError):
@@ -17,6 +18,10 @@ class UnknownModelError(ValueError):
 
 def _same_layout(root: Any, path: str, layout: TokenLayout) -> TokenLayout:
     return layout
+
+
+def _no_padding(root: Any, arguments: Mapping[str, Any]) -> int | None:
+    return None
 
 
 Take = Callable[[Tensor, int], Tensor]
@@ -54,7 +59,17 @@ class Family:
         makes_video: whether its grids may have several frames; methods that live on these refuse other families.
         site_layout: tells where the query tokens of an attention module are, from the root, the module's path and the
             layout of the root's tokens; by default it is the root's.
+        padding: how many tokens at the end of the sequence are hidden by the mask that all sites of a call are given,
+            from the root and its bound forward arguments; the layout counts them as text. None if there is no mask,
+            or one that differs in the batch or hides other tokens. What hidden tokens see must reach no other token.
         token_stream: where its tokens can be permuted once per call; None where they cannot.
+        block_streams: by block list, the tensors that its blocks take and return; without it blocks of that list
+            cannot be skipped. UNets have none, since their blocks return other tensors than they take.
+        modulated: by name, what tells before the first block runs how much a call differs from the one before, from
+            the root, its bound arguments, the first block and the block's bound arguments. ``"default"`` is what
+            TeaCache (arXiv 2411.19108) looks at in this model; it may wait for nothing and must not change anything.
+        mlp_names: last part of the paths of the feed-forward modules in the blocks, such as ``"ff"``. Where attention
+            and feed-forward share a projection (single blocks), there is no such module.
     """
 
     root_class: str
@@ -64,7 +79,11 @@ class Family:
     pipeline_roots: tuple[str, ...] = ("transformer", "transformer_2")
     makes_video: bool = True
     site_layout: Callable[[Any, str, TokenLayout], TokenLayout] = _same_layout
+    padding: Callable[[Any, Mapping[str, Any]], int | None] = _no_padding
     token_stream: TokenStream | None = None
+    block_streams: Mapping[str, BlockStreams] = field(default_factory=dict)
+    modulated: Mapping[str, Modulated] = field(default_factory=dict)
+    mlp_names: tuple[str, ...] = ()
 
 
 _FAMILIES: dict[str, Family] = {}

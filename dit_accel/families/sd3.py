@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from .registry import Family, register_family
+from .streams import BlockStreams
 
 
 def _layout(root: Any, arguments: Mapping[str, Any]) -> TokenLayout:
@@ -30,6 +31,12 @@ def _site_layout(root: Any, path: str, layout: TokenLayout) -> TokenLayout:
     return TokenLayout.video_only(layout.grid) if path.endswith(".attn2") else layout
 
 
+def _modulated(root: Any, arguments: Mapping[str, Any], block: Any, block_arguments: Mapping[str, Any]) -> Tensor:
+    """``[batch, image tokens, channels]``: the input of the first attention."""
+    output: Tensor = block.norm1(block_arguments["hidden_states"], emb=block_arguments["temb"])[0]
+    return output
+
+
 SD3 = register_family(
     Family(
         root_class="SD3Transformer2DModel",
@@ -39,5 +46,8 @@ SD3 = register_family(
         pipeline_roots=("transformer",),
         makes_video=False,
         site_layout=_site_layout,
+        block_streams={"transformer_blocks": BlockStreams(("encoder_hidden_states", "hidden_states"))},
+        modulated={"default": _modulated},
+        mlp_names=("ff", "ff_context"),
     )
 )

@@ -53,5 +53,6 @@ UNET = register_family(
         pipeline_roots=("unet",),
         makes_video=False,
         site_layout=_site_layout,
+        mlp_names=("ff",),
     )
 )

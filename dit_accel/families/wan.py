@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from .registry import Family, Take, TokenStream, register_family
+from .streams import BlockStreams
 
 
 def _layout(root: Any, arguments: Mapping[str, Any]) -> TokenLayout:
@@ -39,6 +40,28 @@ def _permute_modulation(output: tuple[Any, ...], take: Take) -> tuple[Any, ...]:
     return *(take(part, 1) if part.ndim == 3 else part for part in output[:2]), *output[2:]
 
 
+def _time_embedding(
+    root: Any, arguments: Mapping[str, Any], block: nn.Module, block_arguments: Mapping[str, Any]
+) -> Tensor:
+    """``[batch, channels]``, by token ``[batch, tokens, channels]`` in Wan 2.2 5B; e in TeaCache.
+
+    In the precision of the embedder, usually float32: rounded to bfloat16, two steps would differ by rounding alone.
+    """
+    embedder, timestep = root.condition_embedder, arguments["timestep"]
+    dtype = next(embedder.time_embedder.parameters()).dtype
+    frequencies = embedder.timesteps_proj(timestep.flatten())
+    embedding: Tensor = embedder.time_embedder(frequencies.to(dtype) if dtype.is_floating_point else frequencies)
+    return embedding.unflatten(0, timestep.shape) if timestep.ndim == 2 else embedding
+
+
+def _time_projection(
+    root: Any, arguments: Mapping[str, Any], block: nn.Module, block_arguments: Mapping[str, Any]
+) -> Tensor:
+    """``[batch, 6, channels]``, by token ``[batch, tokens, 6, channels]`` in Wan 2.2 5B; e0 in TeaCache."""
+    projection: Tensor = block_arguments["temb"]
+    return projection
+
+
 WAN = register_family(
     Family(
         root_class="WanTransformer3DModel",
@@ -53,5 +76,8 @@ WAN = register_family(
             },
             exit="proj_out",
         ),
+        block_streams={"blocks": BlockStreams(("hidden_states",), bare=True)},
+        modulated={"default": _time_embedding, "projection": _time_projection},
+        mlp_names=("ffn",),
     )
 )

@@ -143,9 +143,9 @@ def _dispatch_to(seat: Seat, stock_dispatch: Callable[..., torch.Tensor]) -> Cal
         **options: Any,
     ) -> torch.Tensor:
         site = seat.site
-        plain = attn_mask is None and not dropout_p and not is_causal and options.get("parallel_config") is None
         if site is None or site.is_stock:
             return stock_dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **options)
+        plain = not dropout_p and not is_causal and options.get("parallel_config") is None and site.knows(attn_mask)
 
         def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             tokens_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -179,7 +179,7 @@ def _functional_for(seat: Seat) -> types.ModuleType:
         site = seat.site
         if site is None or site.is_stock:
             return stock(query, key, value)
-        plain = attn_mask is None and not dropout_p and not is_causal
+        plain = not dropout_p and not is_causal and site.knows(attn_mask)
         return site.attend(query, key, value, scale=scale, plain=plain, stock=stock)
 
     functional = types.ModuleType("functional")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..layout import TokenLayout
     from ..processors.base import DynamicAttnProcessor, Memory
     from ..processors.operator import OperatorAttnProcessor
+    from ..timing import Timer
 
 Stock = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -60,7 +61,8 @@ class Site:
     def __init__(self, info: SiteInfo, controls: tuple[AttentionControl, ...] = ()) -> None:
         self.info = info
         self.controls = controls
-        self.layout: TokenLayout | None = None  # of the coming call, set by the root's installation
+        self.layout: TokenLayout | None = None  # of the coming call, without the padding
+        self.padding: int | None = None  # tokens behind it, which the mask of the call hides; None: no such mask
         self.active: tuple[AttentionControl, ...] = ()
         self.call: AttentionCall | None = None
         self.plan: SparsePlan | None = None
@@ -78,11 +80,26 @@ class Site:
         self.found_dense = False  # whether the call that searched ran dense itself
         self.measured: torch.Tensor | None = None
         self.is_stock = True
+        self.timer: Timer | None = None  # takes the time of every call, stock ones too
         self.refusal: str | None = None
         self.backend = "auto"
         self._kept: dict[str, KeptPlan] = {}  # by branch
+        self._owes: set[str] = set()  # branches whose call was skipped when it was to search
         self._generation = -1
-        self._set_up: tuple[TokenLayout, torch.device, Any] | None = None
+        self._set_ups: dict[object, tuple[TokenLayout, torch.device, Any]] = {}  # by method
+
+    def set_tokens(self, layout: TokenLayout, padding: int | None) -> None:
+        """Says where the tokens of the coming call are, before :meth:`prepare`.
+
+        Args:
+            layout: of the whole sequence, hidden tokens counted as text.
+            padding: how many at its end the mask hides from all; None if there is no mask, or another one.
+        """
+        self.layout, self.padding = layout.without_end(padding or 0), padding
+
+    def knows(self, mask: torch.Tensor | None) -> bool:
+        """Whether a call's mask is none, or hides the padding and nothing else."""
+        return mask is None or self.padding is not None
 
     def prepare(
         self,
@@ -118,12 +135,15 @@ class Site:
             kept = self._kept.get(state.branch)
             if kept is not None:
                 self.plan_batch, self.memory = kept.batch, kept.memory
-                if not (renew or kept.factor != self.factor or search.renews(self.info, state)):
+                due = renew or state.branch in self._owes or kept.factor != self.factor
+                if not (due or search.renews(self.info, state)):
                     plan = kept.plan
         self.plan = plan
         self.active = tuple(control for control in self.controls if control.acts_at(state))
-        self.call = AttentionCall(self.info, state, layout) if self.active else None
-        self.is_stock = plan is None and search is None and self.operator is None and not self.active
+        whole = replace(layout, padding=self.padding) if self.padding else layout  # controls see the padding, too
+        self.call = AttentionCall(self.info, state, whole) if self.active else None
+        decides = plan is not None or search is not None or self.operator is not None
+        self.is_stock = not (decides or self.active or self.timer is not None)
 
     def settle(self, state: StepState) -> float | torch.Tensor | None:
         """After a call: keeps the plan it found, and says how dense the plan was that it followed.
@@ -133,6 +153,7 @@ class Site:
         """
         layout = self.layout or state.layout
         if self.found is not None:
+            self._owes.discard(state.branch)
             plan, memory = self.found, self.found_memory
             if self.found_compiled:
                 plan, memory = _own(plan), tuple(part.clone() for part in memory)
@@ -148,6 +169,11 @@ class Site:
         if state.steps is not None and state.step == state.steps - 1:
             self._kept.pop(state.branch, None)  # nobody will follow it
         return None if kept is None or self.found_dense else kept.density
+
+    def skip(self, state: StepState) -> None:
+        """After a call of the root that skipped the module: a search that was due is due at the next call."""
+        if self.search is not None and self.plan is None:
+            self._owes.add(state.branch)
 
     def measure_of(self, state: StepState) -> torch.Tensor | None:
         """What the latest call of the same branch measured, for the method to say whether to search anew."""
@@ -171,12 +197,14 @@ class Site:
     def forget(self) -> None:
         """Drops every plan that was kept."""
         self._kept.clear()
-        self._set_up = None
+        self._owes.clear()
+        self._set_ups.clear()
 
     def _drop_stale(self, state: StepState, layout: TokenLayout) -> None:
         if state.generation != self._generation:
             self._generation = state.generation
             self._kept.clear()
+            self._owes.clear()
         kept = self._kept.get(state.branch)
         if kept is not None and kept.layout != layout:
             del self._kept[state.branch]
@@ -184,11 +212,12 @@ class Site:
     def _setup_for(
         self, search: DynamicAttnProcessor | OperatorAttnProcessor, layout: TokenLayout, device: torch.device
     ) -> Any:
-        if self._set_up is None or self._set_up[:2] != (layout, device):
+        kept = self._set_ups.get(search)
+        if kept is None or kept[:2] != (layout, device):
             with torch.inference_mode(False):  # what is kept may be used in training later
-                made = search.set_up(self.info, layout, device)
-            self._set_up = (layout, device, made)
-        return self._set_up[2]
+                kept = (layout, device, search.set_up(self.info, layout, device))
+            self._set_ups[search] = kept
+        return kept[2]
 
     def attend(
         self,
@@ -207,12 +236,16 @@ class Site:
             key: likewise.
             value: likewise.
             scale: softmax scale, None for the usual one.
-            plain: whether there is no mask, dropout, causality or context parallelism.
+            plain: whether there is no dropout, causality or context parallelism, nor a mask but a known one.
             stock: what the stock processor would have called.
         """
         for control in self.active:
             query, key, value = control.before(self._call(), query, key, value)
-        output = self._compute(query, key, value, scale, plain, stock)
+        if self.timer is None or torch.compiler.is_compiling():
+            output = self._compute(query, key, value, scale, plain, stock)
+        else:
+            with self.timer.span("attention"):
+                output = self._compute(query, key, value, scale, plain, stock)
         for control in self.active:
             output = control.after(self._call(), output)
         for control in self.active:
@@ -234,6 +267,19 @@ class Site:
         if refusal is not None:
             self.refusal = refusal
             return stock(query, key, value)
+        if self.padding:
+            seen = slice(-self.padding)
+            output = self._follow(query[:, :, seen], key[:, :, seen], value[:, :, seen], scale)
+            if output is not None:
+                output = torch.nn.functional.pad(output, (0, 0, 0, self.padding))  # which no other token ever sees
+        else:
+            output = self._follow(query, key, value, scale)
+        return stock(query, key, value) if output is None else output
+
+    def _follow(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor | None:
+        """What the method makes of a call, without the padding; None if the model's own attention is to run."""
         if self.operator is not None:
             self.operated = True
             return self.operator.attend(query, key, value, self.setup, scale=scale)
@@ -242,7 +288,7 @@ class Site:
 
         plan = self._plan_for(query, key, value, scale)
         if plan is None:
-            return stock(query, key, value)
+            return None
         residual = None
         if self.search is not None and self.search.compensate:  # means of this call's keys, also for a kept plan
             residual = block_residual(key, value, plan.block_kv, order=plan.key_order)

@@ -1,4 +1,4 @@
-"""Wan in its three shapes, Stable Diffusion in four. Untrained, tiny, run to latents only."""
+"""Wan in its three shapes, Stable Diffusion in four, and others. Untrained, tiny, run to latents only."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 VARIANTS = ("t2v", "i2v", "two-experts")
+VIDEO_SUBJECTS = ("hunyuan", "cogvideox", "cogvideox1.5")
 
 
 @dataclass
@@ -185,6 +186,119 @@ def build_flux() -> Subject:
     pipe = FluxPipeline(transformer=transformer.eval(), vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
     inputs = embeddings(32, pooled=24) | {"height": 16, "width": 12, "num_inference_steps": 2, "true_cfg_scale": 2.0}
     return Subject(pipe, inputs)
+
+
+def build_hunyuan(image: str | None = None) -> Subject:
+    """One double and two single blocks of 3 x 4 x 6 video tokens, ten text tokens of which the last three are padding.
+
+    Args:
+        image: None for text to video; ``"latent_concat"`` or ``"token_replace"`` for a model of that kind, which is to
+            be called without its pipeline.
+    """
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=32,
+        pooled_projection_dim=24,
+        rope_axes_dim=(4, 4, 8),
+        image_condition_type=image,
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=1
+    )
+    parts: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = HunyuanVideoPipeline(
+        transformer=transformer.eval(), vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **parts
+    )
+    mask = (torch.arange(10) < 7).long()[None]
+    inputs = embeddings(32, pooled=24) | {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+    size = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2, "true_cfg_scale": 2.0}
+    return Subject(pipe, inputs | size)
+
+
+def build_cogvideox(joins_frames: bool = False, offset: bool = False) -> Subject:
+    """Two joint blocks of ten text tokens and 3 x 4 x 6 video tokens.
+
+    Args:
+        joins_frames: as CogVideoX 1.5 does.
+        offset: as its model for images, which has an embedding more and is to be called without its pipeline.
+    """
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
+
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        ofs_embed_dim=8 if offset else None,
+        text_embed_dim=32,
+        num_layers=2,
+        sample_width=24 if joins_frames else 12,  # rotary tables of 1.5 are cut out of those of this size
+        sample_height=16 if joins_frames else 8,
+        sample_frames=9,
+        patch_size_t=2 if joins_frames else None,
+        max_text_seq_length=10,
+        use_rotary_positional_embeddings=joins_frames,
+    )
+    vae = AutoencoderKLCogVideoX(
+        latent_channels=4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=1,
+        temporal_compression_ratio=4,
+    )
+    pipe = CogVideoXPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        transformer=transformer.eval(),
+        scheduler=CogVideoXDDIMScheduler(),
+    )
+    size = {"height": 64, "width": 96, "num_frames": 21 if joins_frames else 9, "num_inference_steps": 2}
+    return Subject(pipe, embeddings(32) | size)
+
+
+def build_video_subject(name: str) -> Subject:
+    """``"hunyuan"``, ``"cogvideox"`` or ``"cogvideox1.5"``."""
+    torch.manual_seed(0)
+    subject = build_hunyuan() if name == "hunyuan" else build_cogvideox(joins_frames=name == "cogvideox1.5")
+    subject.pipe.set_progress_bar_config(disable=True)
+    return subject
+
+
+@pytest.fixture(scope="session")
+def make_video_subject() -> Callable[[str], Subject]:
+    """Builds ``"hunyuan"``, ``"cogvideox"`` or ``"cogvideox1.5"``."""
+    return build_video_subject
+
+
+def build_any_subject(name: str) -> Subject:
+    """Any image or video model but Wan by its name."""
+    return (build_video_subject if name in VIDEO_SUBJECTS else build_image_subject)(name)
+
+
+@pytest.fixture(scope="session")
+def make_any_subject() -> Callable[[str], Subject]:
+    """Builds any image or video model but Wan by its name."""
+    return build_any_subject
 
 
 def build_image_subject(name: str) -> Subject:

@@ -1,4 +1,4 @@
-"""All three seams on Flux and Stable Diffusion 1.5, XL, 3, 3.5: nothing changes, all is seen, nothing is left."""
+"""All three seams on every family but Wan: nothing changes, all is seen, nothing is left."""
 
 from __future__ import annotations
 
@@ -19,13 +19,21 @@ SITES = {
     "sd35": {"joint": 2, "self": 1},
     "sd15": {"self": 4, "cross": 4},
     "sdxl": {"self": 5, "cross": 5},
+    "hunyuan": {"joint": 3},
+    "cogvideox": {"joint": 2},
+    "cogvideox1.5": {"joint": 2},
 }
+VIDEO = ("hunyuan", "cogvideox", "cogvideox1.5")
 BLOCKS = {
     "flux": ["transformer_blocks.0", "single_transformer_blocks.0", "single_transformer_blocks.1"],
     "sd3": ["transformer_blocks.0", "transformer_blocks.1"],
     "sd35": ["transformer_blocks.0", "transformer_blocks.1"],
+    "hunyuan": ["transformer_blocks.0", "single_transformer_blocks.0", "single_transformer_blocks.1"],
+    "cogvideox": ["transformer_blocks.0", "transformer_blocks.1"],
+    "cogvideox1.5": ["transformer_blocks.0", "transformer_blocks.1"],
 }
 UNET_BLOCKS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
+SHOWN = (torch.arange(10) < torch.tensor([[7], [4]])).long()  # words of two prompts that are no padding
 KINDS = ("self", "joint", "cross")
 STEPS = 2
 
@@ -36,13 +44,15 @@ def name(request):
 
 
 @pytest.fixture
-def model(name, make_image_subject):
-    return make_image_subject(name)
+def model(name, make_any_subject):
+    return make_any_subject(name)
 
 
 def branches_of(name):
-    """Flux calls its model once for each branch of guidance, the others once for both."""
-    return ["cond", "uncond"] if name == "flux" else ["call0"]
+    """Flux and HunyuanVideo call their model once for each branch of guidance, the others once for both."""
+    if name in ("flux", "hunyuan"):
+        return ["cond", "uncond"]
+    return ["cond_uncond"] if name in VIDEO else ["call0"]
 
 
 class Notes(dit_accel.AttentionControl):
@@ -80,7 +90,7 @@ def test_watching_alone_is_bit_equal(name, model):
         assert torch.allclose(mass.sum(-1), torch.ones(mass.shape[:2]), atol=1e-5)
 
 
-def test_removal_restores_output_and_objects(model):
+def test_removal_restores_output_and_objects(name, model):
     def state():
         return (
             dict(model.root.attn_processors),
@@ -90,7 +100,8 @@ def test_removal_restores_output_and_objects(model):
 
     stock, before = model.run(), state()
     handle = dit_accel.accelerate(model.pipe, controls=[Scale(2, kinds=KINDS)], block_hooks=[BlockRecorder()])
-    assert all(isinstance(processor, BoundProcessor) for processor in model.root.attn_processors.values())
+    bound = [isinstance(processor, BoundProcessor) for processor in model.root.attn_processors.values()]
+    assert sum(bound) == sum(SITES[name].values())
     assert not torch.allclose(model.run(), stock)
     handle.remove()
     assert state() == before
@@ -108,6 +119,7 @@ def test_second_run_equals_a_fresh_run(model):
 
 def test_another_size_starts_one_new_generation(name, model):
     sizes = {"latents": torch.randn(1, 4, 8, 12)} if "latents" in model.inputs else {"height": 8, "width": 20}
+    sizes = {"height": 32, "width": 160} if name in VIDEO else sizes
     with dit_accel.accelerate(model.pipe, controls=[notes := Notes()]):
         model.run(num_inference_steps=3)
         model.run(**sizes)
@@ -119,6 +131,7 @@ def test_another_size_starts_one_new_generation(name, model):
 
 def test_a_batch_equals_its_samples(model):
     prompts = {key: torch.randn(2, *part.shape[1:]) for key, part in model.inputs.items() if "embeds" in key}
+    prompts |= {key: SHOWN for key in model.inputs if "mask" in key}
     noise = torch.randn(2, *model.run(num_inference_steps=1).shape[1:])
     with dit_accel.accelerate(model.pipe, controls=[Scale(2, kinds=KINDS)]):
         together = model.run(**prompts | {"latents": noise})
@@ -224,6 +237,7 @@ class Window(StaticAttnProcessor):
 
 def test_sparse_methods_get_the_layout_of_each_site(name, model):
     large = {"latents": torch.randn(1, 4, 17, 23)} if "latents" in model.inputs else {"height": 28, "width": 32}
+    large = {"height": 96, "width": 128} if name in VIDEO else large
     stock = model.run(**large)
     for width, same in ((99, True), (0, False)):
         recipe = Window(width)
@@ -233,9 +247,12 @@ def test_sparse_methods_get_the_layout_of_each_site(name, model):
         assert report.fallbacks == {} and all(site.dense_calls == 0 for site in report.sites)
         kinds = [site.kind for site in report.sites]
         assert {kind: kinds.count(kind) for kind in kinds} == {k: n for k, n in SITES[name].items() if k != "cross"}
-        assert len(recipe.layouts) == len(set(recipe.layouts)) == {"sd3": 1, "flux": 1}.get(name, 2)  # each once
+        assert (
+            len(recipe.layouts) == len(set(recipe.layouts)) == (1 if name in ("sd3", "flux", *VIDEO) else 2)
+        )  # each once
 
 
+@pytest.mark.parametrize("name", [name for name in SITES if name not in VIDEO])
 def test_methods_that_live_on_frames_refuse_images(model):
     assert {radial_plan((1, 16, 16), block=64, rule=rule).stats.density for rule in RULES} == {1}  # why
     message = rf"saves nothing in {type(model.root).__name__}.*use it with a video model"
