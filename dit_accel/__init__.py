@@ -17,27 +17,32 @@ from typing import TYPE_CHECKING, Any
 from .install_late import extend_diffusers
 
 if TYPE_CHECKING:
-    from .acceleration import Acceleration, accelerate, acceleration_of
+    from .acceleration import Acceleration, acceleration_of
     from .controls import AttentionControl, AttentionMassRecorder
+    from .entry import accelerate
     from .families import Family, UnknownModelError, register_family
     from .install import BlockHook, BlockRecorder, TokenPermutation
     from .plan.schedule import Schedule
+    from .quality import Profile, load_profile, tune
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Acceleration": ".acceleration",
-    "accelerate": ".acceleration",
+    "accelerate": ".entry",
     "acceleration_of": ".acceleration",
     "AttentionControl": ".controls",
     "AttentionMassRecorder": ".controls",
     "BlockHook": ".install",
     "BlockRecorder": ".install",
     "Family": ".families",
+    "Profile": ".quality",
     "Schedule": ".plan.schedule",
     "TokenPermutation": ".install",
     "UnknownModelError": ".families",
+    "load_profile": ".quality",
     "register_family": ".families",
+    "tune": ".quality",
 }
 
 __all__ = [
@@ -47,12 +52,15 @@ __all__ = [
     "BlockHook",
     "BlockRecorder",
     "Family",
+    "Profile",
     "Schedule",
     "TokenPermutation",
     "UnknownModelError",
     "accelerate",
     "acceleration_of",
+    "load_profile",
     "register_family",
+    "tune",
 ]
 
 extend_diffusers()

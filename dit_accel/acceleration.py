@@ -1,34 +1,43 @@
-"""The front door: ``accelerate(pipe, attention="radial")`` and what it returns."""
+"""What is put on a pipeline, and decides at every call of its models what each seam does."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from .caching.report import cache_report
+from .caching.together import Anchor, Caches
 from .clock import StepClock, StepState
 from .controls import AttentionControl
+from .densities import by_expert
 from .families import family_of
-from .install import BlockHook, RootInstallation, TokenPermutation
+from .install import BlockHook, RootInstallation
 from .kernels.support import Call, check, choose
 from .layout import TokenLayout
-from .presets import AUTO, AutoAttnProcessor, Chosen, Completed, facts_of, recipe_by_name, situation_of
+from .presets import AutoAttnProcessor, Chosen, Completed, facts_of, situation_of
 from .processors.base import DynamicAttnProcessor, SparseAttnProcessor, StaticAttnProcessor
 from .processors.operator import OperatorAttnProcessor
 from .report import Report, SiteReport
 from .roots import find_roots
 from .tally import Tally, sparse_density
+from .timing import Timer
 
 if TYPE_CHECKING:
+    from .caching.recipe import Cache
     from .install import Site
-    from .install.permutation import OrderFor
     from .kernels.sparse_plan import SparsePlan
+    from .quality import Profile
 
 _HANDLE = "_dit_accel_acceleration"
+_UNCOMPILABLE = (
+    "a cache decides between the blocks of {0}, so the model cannot be compiled as a whole; call its "
+    "compile_repeated_blocks() after accelerate(), or leave the cache out"
+)
 _PLANS_KEPT = 8  # token layouts whose plans stay in memory; a UNet has one for each level
 
 
@@ -37,6 +46,8 @@ class Acceleration:
 
     Attributes:
         processor: the attention recipe, or None.
+        caches: what is reused between steps.
+        profile: of the quality target that is kept; None without one.
         clock: the step clock of the pipeline; see :meth:`dit_accel.clock.StepClock.set_step` for loops of one's own.
     """
 
@@ -47,6 +58,9 @@ class Acceleration:
         controls: Sequence[AttentionControl] = (),
         block_hooks: Sequence[BlockHook] = (),
         completed: Completed | None = None,
+        caches: Sequence[Cache] = (),
+        anchor: Anchor | None = None,
+        timed: bool = False,
     ) -> None:
         roots = find_roots(target)
         taken = [name for name, root in roots.items() if _HANDLE in vars(root)]
@@ -58,11 +72,18 @@ class Acceleration:
         self._facts, self._completed = facts_of(roots), completed
         self._choices: dict[str, Chosen] = {}  # by expert, of the latest generation
         self.clock = StepClock(None if isinstance(target, nn.Module) else target)
+        self._timer = Timer() if timed else None
+        self.caches = Caches(caches, self.clock, anchor, self._timer)
+        self._raised: dict[tuple[SparseAttnProcessor, float], SparseAttnProcessor] = {}
+        if anchor is not None:
+            self._check_anchor(anchor)
         self._plans: dict[tuple[StaticAttnProcessor, TokenLayout, torch.device], SparsePlan] = {}
         self._tally = Tally()
         self._steps: tuple[int, set[int]] = (-1, set())
         self._backend: tuple[str, str] | None = None
         self._installed: list[RootInstallation] = []
+        self._undo: list[Callable[[], None]] = []
+        self.profile: Profile | None = None
         try:
             for expert, root in roots.items():
                 self._install(root, expert, tuple(controls), tuple(block_hooks))
@@ -79,6 +100,8 @@ class Acceleration:
             for path in installed.replaced():
                 self._tally.fallbacks[f"{installed.expert}:{path}"] = "another attention processor was put here since"
         sites = self._tally.read()
+        densities = self._tally.densities.read() if self.processor is not None else None
+        times = None if self._timer is None else self._timer.read()
         return Report(
             method=repr(self.processor) if self.processor else None,
             backend=self._backend[0] if self._backend else None,
@@ -89,22 +112,52 @@ class Acceleration:
             fallbacks=dict(self._tally.fallbacks),
             preset=self._completed.describe() if self._completed else None,
             choices={expert: chosen.report() for expert, chosen in self._choices.items()},
+            caches=[cache_report(engine.record, times, densities) for engine in self.caches.engines],
+            timing=times,
+            step_densities=by_expert(densities or {}),
         )
 
     def __repr__(self) -> str:
         preset = self._completed.describe() if self._completed else None
         return f"{type(self).__name__}({self.processor!r}, preset={preset!r})"
 
+    def keep_to(self, profile: Profile, pipe: Any, beside: Mapping[str, Any], strict: bool = False) -> None:
+        """Watches that runs stay within what a profile was measured for; see :class:`dit_accel.quality.ProfileGuard`.
+
+        Args:
+            profile: that the cache is from.
+            pipe: the pipeline.
+            beside: other arguments of :func:`accelerate`.
+            strict: whether to refuse other runs.
+        """
+        from .quality.guard import ProfileGuard
+        from .quality.request import attention_of
+
+        self.profile = profile
+        self._undo.append(ProfileGuard(profile, pipe, attention_of(beside), strict).attach(self.clock))
+
+    @property
+    def timed(self) -> bool:
+        """Whether the report splits wall time."""
+        return self._timer is not None
+
     def reset_report(self) -> None:
         """Starts counting anew."""
         self._tally.reset()
+        for engine in self.caches.engines:
+            engine.record.reset()
+        if self._timer is not None:
+            self._timer.reset()
 
     def remove(self) -> None:
         """Takes everything off the pipeline; its output is then bit-equal to before. Safe to call twice."""
+        while self._undo:
+            self._undo.pop()()
         for installed in reversed(self._installed):
             installed.remove()
             vars(installed.root).pop(_HANDLE, None)
         self._installed.clear()
+        self.caches.forget()
 
     def __enter__(self) -> Acceleration:
         return self
@@ -120,6 +173,8 @@ class Acceleration:
         installed = RootInstallation(root, expert, self.clock, controls, hooks, self._before, self._after)
         self._installed.append(installed)
         object.__setattr__(root, _HANDLE, self)
+        if self.caches:
+            installed.attach(self.caches.attach(installed), _UNCOMPILABLE.format(type(root).__name__))
         if self.processor is not None:
             kinds = self.processor.kinds
             modules: dict[Site, Any] = {site: m for m, site in installed.sites.items() if site.info.kind in kinds}
@@ -135,6 +190,8 @@ class Acceleration:
                     self._choose_backend(module, self.processor)  # better refused now than at the first call
                 site.backend = self.processor.backend
                 self._tally.add(site)
+        for site in installed.sites.values():
+            site.timer = self._timer
 
     def _before(self, installed: RootInstallation, state: StepState) -> None:
         """Decides for every site what its next call does; runs before each root call, outside compiled code."""
@@ -144,9 +201,11 @@ class Acceleration:
         self._steps[1].add(state.step)
         device = next(installed.root.parameters()).device
         processor = self._recipe(installed, state)
+        if self.caches and processor is not None:
+            processor = self._beside_caches(processor, state)
         renew = self._has_drifted(processor, installed, state)
         for site in installed.sites.values():
-            if processor is None or not processor.is_sparse(site.info, state):
+            if processor is None or not self._is_sparse(processor, site, state):
                 site.prepare(state)
             elif isinstance(processor, DynamicAttnProcessor):
                 site.prepare(state, search=processor, device=device, renew=renew)
@@ -154,6 +213,31 @@ class Acceleration:
                 site.prepare(state, operator=processor, device=device)
             else:
                 site.prepare(state, self._plan(processor, site, state, device))
+        if self._timer is not None:
+            self._timer.begin(state, installed.device)
+
+    def _is_sparse(self, processor: SparseAttnProcessor, site: Site, state: StepState) -> bool:
+        return processor.is_sparse(site.info, state) and not (
+            self.caches and self.caches.keeps_dense(site.info, state)
+        )
+
+    def _beside_caches(self, processor: SparseAttnProcessor, state: StepState) -> SparseAttnProcessor:
+        """Lets caches warm up with the method; the method itself, or one that keeps more after skipped calls."""
+        self.caches.warm_up(processor.schedule.dense_step_count(state.steps))
+        factor = self.caches.density_factor(state)
+        if factor == 1:
+            return processor
+        if (processor, factor) not in self._raised:
+            self._raised[processor, factor] = processor.raised(factor)
+        return self._raised[processor, factor]
+
+    def _check_anchor(self, anchor: Anchor) -> None:
+        if not self.caches or self.processor is None or isinstance(self.processor, AutoAttnProcessor):
+            raise ValueError("an anchor wants a cache and a sparse method chosen by name or as a processor, together")
+        try:
+            self.processor.raised(anchor.factor)
+        except ValueError as error:
+            raise ValueError(f"{self.processor!r} cannot keep more at an anchor: {error}") from error
 
     def _recipe(self, installed: RootInstallation, state: StepState) -> SparseAttnProcessor | None:
         """The method of the coming call: the one given, or what was chosen when this generation began."""
@@ -180,14 +264,14 @@ class Acceleration:
     def _refuse_recomputation(self, root: nn.Module) -> None:
         """Blocks recomputed for the backward pass run after the call, when sites are stock again: another function."""
         if (
-            self.processor is not None
+            (self.processor is not None or self.caches)
             and torch.is_grad_enabled()
             and getattr(root, "is_gradient_checkpointing", False)
         ):
+            what = "a cache" if self.processor is None else type(self.processor).__name__
             raise NotImplementedError(
-                f"{type(self.processor).__name__} does not work with gradient checkpointing yet: blocks would be "
-                f"recomputed dense. Call {type(root).__name__}.disable_gradient_checkpointing(), or run under "
-                "torch.no_grad()"
+                f"{what} does not work with gradient checkpointing yet: blocks would be recomputed dense. Call "
+                f"{type(root).__name__}.disable_gradient_checkpointing(), or run under torch.no_grad()"
             )
 
     @staticmethod
@@ -221,8 +305,12 @@ class Acceleration:
 
     def _after(self, installed: RootInstallation) -> None:
         state = self.clock.state
+        if self._timer is not None:
+            self._timer.end()
         for site in installed.sites.values():
-            if state is not None:
+            if state is not None and self.caches and self.caches.skipped(site.info):
+                site.skip(state)
+            elif state is not None:
                 self._tally.count(site, state)
             site.rest()
 
@@ -247,56 +335,6 @@ class Acceleration:
         return self._plans[key]
 
 
-def accelerate(
-    target: Any,
-    attention: str | SparseAttnProcessor | None = None,
-    *,
-    controls: Sequence[AttentionControl] = (),
-    block_hooks: Sequence[BlockHook] = (),
-    token_order: OrderFor | None = None,
-    preset: str | None = AUTO,
-    **settings: Any,
-) -> Acceleration:
-    """Accelerates a pipeline or a bare transformer in place.
-
-    Args:
-        target: a diffusers pipeline, or its transformer or UNet.
-        attention: a method's name such as ``"radial"``, ``"auto"`` for the one that suits model, tokens, steps and
-            device, one of :mod:`dit_accel.processors`, or None to leave attention as it is (with controls or hooks
-            alone).
-        controls: attention controls, in the order in which they act.
-        block_hooks: hooks around every transformer block, outermost first.
-        token_order: gives the order in which the blocks have their video tokens, see
-            :class:`dit_accel.install.TokenPermutation`; None for frame by frame, row by row.
-        preset: where a method given by name has the settings from that are not given here: ``"auto"``, those
-            published for the model, if any; the name of a preset (:data:`dit_accel.presets.PRESETS`); None, the
-            method's own defaults.
-        **settings: settings of the method, when given by name.
-
-    Returns:
-        a handle with ``report()`` and ``remove()``; also a context manager.
-
-    Raises:
-        UnknownModelError: if the model is of no registered family.
-        ValueError: for bad settings, a method that does nothing for the model, a control that acts nowhere, a target
-            accelerated already, or one that is compiled already.
-    """
-    completed = None
-    if isinstance(attention, str):
-        attention, completed = recipe_by_name(attention, settings, facts_of(find_roots(target)), preset)
-    elif settings or preset not in (AUTO, None):
-        given = [*sorted(settings), *(["preset"] if preset not in (AUTO, None) else [])]
-        raise ValueError(f"settings {given} belong to a method given by name; give them to the processor")
-    if attention is not None and not is_ours(attention):
-        raise ValueError(
-            "attention is a method's name or a dit_accel processor, that is an OperatorAttnProcessor, "
-            f"StaticAttnProcessor or DynamicAttnProcessor; got {type(attention).__name__}"
-        )
-    if token_order is not None:
-        block_hooks = (TokenPermutation(token_order), *block_hooks)
-    return Acceleration(target, attention, controls, block_hooks, completed)
-
-
 def _no_sites(processor: SparseAttnProcessor, root: nn.Module, installed: RootInstallation) -> str:
     kinds = Counter(site.info.kind for site in installed.sites.values())
     there = " and ".join(f"{count} {kind}-attention" for kind, count in kinds.items())
@@ -306,26 +344,7 @@ def _no_sites(processor: SparseAttnProcessor, root: nn.Module, installed: RootIn
     )
 
 
-def is_ours(processor: object) -> bool:
-    """Whether an object is one of our recipes."""
-    ours = (StaticAttnProcessor, DynamicAttnProcessor, OperatorAttnProcessor, AutoAttnProcessor)
-    return isinstance(processor, ours)
-
-
 def acceleration_of(target: Any) -> Acceleration | None:
     """The acceleration installed on a pipeline or model, or None."""
     roots = find_roots(target).values() if not isinstance(target, nn.Module) else [target]
     return next((vars(root)[_HANDLE] for root in roots if _HANDLE in vars(root)), None)
-
-
-def replace_processor(target: Any, processor: Any) -> None:
-    """What ``set_attn_processor`` does on pipelines, and on models for our processors: the new one replaces ours."""
-    current = acceleration_of(target)
-    if current is not None:
-        current.remove()
-    if is_ours(processor):
-        Acceleration(target, processor)
-        return
-    root: Any
-    for root in find_roots(target).values():
-        root.set_attn_processor(dict(processor) if isinstance(processor, dict) else processor)

@@ -71,6 +71,8 @@ class StepClock:
         self._seen: list[str] = []
         self._schedule: torch.Tensor | None = None
         self._indices: torch.Tensor | None = None
+        self._levels_of: torch.Tensor | None = None  # the list of timesteps that _levels was read from
+        self._levels: tuple[list[float], list[float]] = ([], [])
         self._restart()
         self.state: StepState | None = None
 
@@ -108,6 +110,25 @@ class StepClock:
         self._seen.append(branch)
         self._ordinal += 1
         return self.state
+
+    def is_guided(self) -> bool | None:
+        """Whether the pipeline says that it runs with classifier-free guidance; None if it says nothing."""
+        pipeline = self._pipeline() if self._pipeline is not None else None
+        said = getattr(pipeline, "do_classifier_free_guidance", None)
+        return said if isinstance(said, bool) else None
+
+    def level(self, step: int) -> tuple[float | None, float | None]:
+        """Timestep and noise level (sigma) of a step as the scheduler lists them, None for what it does not list.
+
+        Reads the scheduler's lists once per generation; tensors on a device are waited for then.
+        """
+        scheduler = self._scheduler()
+        timesteps, sigmas = (getattr(scheduler, name, None) for name in ("timesteps", "sigmas"))
+        if timesteps is not self._levels_of:
+            self._levels_of = timesteps
+            self._levels = (_numbers(timesteps), _numbers(sigmas))
+        first, second = (row[step] if step < len(row) else None for row in self._levels)
+        return first, second
 
     def _restart(self) -> None:
         self._generation += 1
@@ -161,6 +182,13 @@ class StepClock:
         if self._indices is None:
             self._indices = schedule.detach().float().cpu()
         return int((self._indices - _value(timestep)).abs().argmin())
+
+
+def _numbers(values: Any) -> list[float]:
+    """What a scheduler lists by step, as numbers; an empty list for None or what is no list of numbers."""
+    if values is None:
+        return []
+    return [float(value) for value in torch.as_tensor(values).flatten().tolist()]
 
 
 def _value(timestep: torch.Tensor | float | None) -> float:

@@ -53,7 +53,7 @@ def _extend_pipelines(module: ModuleType) -> None:
         Args:
             processor: one of dit_accel's processors, or whatever the models' own ``set_attn_processor`` takes.
         """
-        from .acceleration import replace_processor
+        from .entry import replace_processor
 
         replace_processor(self, processor)
 
@@ -68,7 +68,8 @@ def _extend_models(module: ModuleType) -> None:
 
     @functools.wraps(stock)
     def set_attn_processor(self: Any, processor: Any) -> None:
-        from .acceleration import acceleration_of, is_ours, replace_processor
+        from .acceleration import acceleration_of
+        from .entry import is_ours, replace_processor
 
         if is_ours(processor):
             replace_processor(self, processor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Memory = tuple[torch.Tensor, ...]  # what a search leaves to later ones, in the order of the method
 
+_SCHEDULE_SETTINGS = ("dense_steps", "dense_layers", "schedule")  # what settings() has of a schedule
 PUBLISHED_WARM_UP = 0.24  # 12 of 50 steps, what the papers of this field run dense
 
 
@@ -115,6 +116,23 @@ class SparseAttnProcessor(ABC):
     def schedule_settings(self) -> dict[str, Any]:
         """The part of :meth:`settings` that rebuilds the schedule: two shorthands, unless there are budgets."""
         return {"schedule": self.schedule.settings()} if self.schedule.has_budgets else self.schedule.settings()
+
+    def raised(self, factor: float) -> SparseAttnProcessor:
+        """The same recipe with another budget throughout.
+
+        Args:
+            factor: what its budget is multiplied by at every step.
+
+        Raises:
+            ValueError: if it has no budget that could be scaled.
+        """
+        if not self.scales_budget:
+            raise ValueError(f"{type(self).__name__} has no budget that could be scaled by {factor}")
+        pairs = [(start, each * factor) for start, each in self.schedule.step_budget]
+        if not any(start == 0 for start, _ in pairs):
+            pairs.insert(0, (0, factor))
+        own = {name: value for name, value in self.settings().items() if name not in _SCHEDULE_SETTINGS}
+        return type(self)(**own, schedule=replace(self.schedule, step_budget=pairs))
 
     def check_budgets(self, heads: Mapping[SiteInfo, int]) -> None:
         """Refuses a schedule that names layers or heads which a model does not have.

@@ -94,7 +94,7 @@ def _record(
     tell: Tell,
 ) -> None:
     """Runs all generations, those to learn from and those held out, each kind with its own recorder."""
-    from ..acceleration import accelerate
+    from ..entry import accelerate
 
     number, count = 0, sum(map(len, prompts))
     for recorder, some in zip(recorders, prompts, strict=True):

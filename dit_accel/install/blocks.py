@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .forward import wrap_forward
+
 if TYPE_CHECKING:
     from ..clock import StepClock, StepState
 
@@ -65,26 +67,16 @@ def wrap_block(
     Returns:
         a function that undoes it, leaving the module as it was found.
     """
-    had_own = "forward" in vars(module)
-    forward = module.forward
 
-    def hooked(*args: Any, **kwargs: Any) -> Any:
+    def around(run: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = clock.state
         if state is None:  # the block was called outside its root
-            return forward(*args, **kwargs)
-        run: Callable[[], Any] = lambda: forward(*args, **kwargs)  # noqa: E731
+            return run()
         for hook in reversed(hooks):
             run = _step(hook, info, state, run, {"args": args, "kwargs": kwargs})
         return run()
 
-    def undo() -> None:
-        if had_own:
-            module.forward = forward
-        else:
-            vars(module).pop("forward", None)
-
-    module.forward = hooked
-    return undo
+    return wrap_forward(module, around)
 
 
 def _step(

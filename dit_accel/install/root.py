@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +58,11 @@ class RootInstallation:
         self._signature = inspect.signature(type(root).forward)
         self._outside = False  # whether the clock is kept by the wrapper of compiled code, not by the hooks inside it
         self._undo: list[Callable[[], None]] = []
+        self._uncompilable: str | None = None
         self._stack: PermutedStack | None = None
+        self.device = torch.device(
+            "cpu"
+        )  # of the latest call's inputs; weights may be elsewhere until they are needed
         self._seat = Seat()
         if getattr(root, "_compiled_call_impl", None) is not None:
             raise ValueError(
@@ -76,6 +81,16 @@ class RootInstallation:
             self._undo.pop()()
         for site in self.sites.values():
             site.forget()
+
+    def attach(self, undo: Sequence[Callable[[], None]], uncompilable: str) -> None:
+        """Takes over what was put on the root besides, to be removed with it.
+
+        Args:
+            undo: removes it, called in reverse order.
+            uncompilable: why the root cannot be compiled as a whole with it, and what can.
+        """
+        self._undo += undo
+        self._uncompilable = uncompilable
 
     def replaced(self) -> list[str]:
         """Paths of sites where someone has since put another processor."""
@@ -97,7 +112,7 @@ class RootInstallation:
         if self._stack is not None:
             self._undo.append(self._stack.remove)
         if block_hooks:
-            blocks = self._blocks()
+            blocks = self.blocks()
             for index, (path, block) in enumerate(blocks):
                 info = BlockInfo(path, index, len(blocks), self.expert)
                 self._undo.append(wrap_block(block, info, self.clock, block_hooks))
@@ -105,9 +120,9 @@ class RootInstallation:
         self._undo.append(self.root.register_forward_hook(self._on_return, always_call=True).remove)
         self._shadow("compile", self._compile)
         if hasattr(self.root, "cache_context"):
-            self._shadow("cache_context", self._cache_context_of(self.root.cache_context))
+            self._shadow("cache_context", self._cache_context)
 
-    def _blocks(self) -> list[tuple[str, nn.Module]]:
+    def blocks(self) -> list[tuple[str, nn.Module]]:
         """Path and module of every block in execution order."""
         blocks: list[tuple[str, nn.Module]] = []
         for name in self.family.block_lists:
@@ -165,12 +180,7 @@ class RootInstallation:
             )
         bound = bind(stock, site, self._seat)
         module.processor = bound
-
-        def undo() -> None:
-            if module.processor is bound:  # else someone has put another processor there, and wants it
-                module.processor = stock
-
-        self._undo.append(undo)
+        self._undo.append(functools.partial(_put_back, module, bound, stock))
 
     def _on_call(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._outside:
@@ -183,11 +193,13 @@ class RootInstallation:
     @torch.compiler.disable
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments: Mapping[str, Any] = self._signature.bind_partial(self.root, *args, **kwargs).arguments
+        self.device = next((a.device for a in arguments.values() if isinstance(a, torch.Tensor)), torch.device("cpu"))
         layout = self.family.layout(self.root, arguments)
         if self._stack is not None:
             layout = self._stack.begin(layout, next(self.root.parameters()).device)
+        padding = self.family.padding(self.root, arguments)
         for site in self.sites.values():
-            site.layout = self.family.site_layout(self.root, site.info.path, layout)
+            site.set_tokens(self.family.site_layout(self.root, site.info.path, layout), padding)
         self._before_call(self, self.clock.tick(self.expert, layout, arguments))
 
     def _end(self) -> None:
@@ -196,7 +208,13 @@ class RootInstallation:
         self._after_call(self)
 
     def _compile(self, *args: Any, **kwargs: Any) -> None:
-        """As ``nn.Module.compile``, with the clock kept outside the compiled code."""
+        """As ``nn.Module.compile``, with the clock kept outside the compiled code.
+
+        Raises:
+            ValueError: if something is on the root that decides inside of it.
+        """
+        if self._uncompilable is not None:
+            raise ValueError(self._uncompilable)
         compiled = torch.compile(self.root._call_impl, *args, **kwargs)
 
         def call(*call_args: Any, **call_kwargs: Any) -> Any:
@@ -211,21 +229,28 @@ class RootInstallation:
         self.root._compiled_call_impl = call
         self._undo.append(lambda: setattr(self.root, "_compiled_call_impl", None))
 
-    def _cache_context_of(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        @contextlib.contextmanager
-        def cache_context(name: str, **fields: Any) -> Iterator[Any]:
-            self.clock.push_context(name, fields.get("step_index"), fields.get("num_inference_steps"))
-            try:
-                with stock(name, **fields) as inner:
-                    yield inner
-            finally:
-                self.clock.pop_context()
-
-        return cache_context
+    @contextlib.contextmanager
+    def _cache_context(self, name: str, **fields: Any) -> Iterator[Any]:
+        """A method, not a closure: a deep copy of the root is to lead to its own clock."""
+        self.clock.push_context(name, fields.get("step_index"), fields.get("num_inference_steps"))
+        try:
+            with type(self.root).cache_context(self.root, name, **fields) as inner:
+                yield inner
+        finally:
+            self.clock.pop_context()
 
     def _shadow(self, name: str, replacement: Callable[..., Any]) -> None:
         """Hides a method of the root behind an attribute of this one instance."""
         if name in vars(self.root):
             raise ValueError(f"{type(self.root).__name__}.{name} was replaced by someone else; remove that first")
         object.__setattr__(self.root, name, replacement)
-        self._undo.append(lambda: vars(self.root).pop(name, None))
+        self._undo.append(functools.partial(self._unshadow, name))
+
+    def _unshadow(self, name: str) -> None:
+        vars(self.root).pop(name, None)
+
+
+# What undoes something is no closure: a deep copy of a model is to have one that acts on the copy.
+def _put_back(module: Any, bound: BoundProcessor, stock: Any) -> None:
+    if module.processor is bound:  # else someone has put another processor there, and wants it
+        module.processor = stock

@@ -125,7 +125,7 @@ def test_removal_is_bit_equal(name, model):
     assert not torch.allclose(model.run(**size), stock, atol=1e-4)
     handle.remove()
     sites = [site for installed in handle._installed for site in installed.sites.values()]
-    assert all(site.operator is None and site.setup is None and site._set_up is None for site in sites)
+    assert all(site.operator is None and site.setup is None and not site._set_ups for site in sites)
     assert torch.equal(model.run(**size), stock)
     model.pipe.set_attn_processor(AgentAttnProcessor(**SETTINGS))
     assert not torch.allclose(model.run(**size), stock, atol=1e-4)

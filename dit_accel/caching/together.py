@@ -1,0 +1,142 @@
+"""All caches of one acceleration, and what they and sparse attention owe each other.
+
+Both warm up together. Blocks that a cache probes attend densely, or the probe would measure the change of mask. A site
+that was to renew its plan in a skipped call does so at its next one. With an anchor the first computed call after
+several skipped ones keeps more, since the next ones are predicted from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .engine import CacheEngine, attach
+from .policies.base import Moment
+from .presets import preset_by_name
+from .recipe import Cache
+
+if TYPE_CHECKING:
+    from ..clock import StepClock, StepState
+    from ..controls import SiteInfo
+    from ..install import RootInstallation
+    from ..timing import Timer
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What the first computed call after skipped ones keeps, as it is what later ones are predicted from.
+
+    Attributes:
+        factor: on the density of sparse attention, 1 or more.
+        after: so many skipped calls in a row, 1 or more.
+    """
+
+    factor: float = 1.5
+    after: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise ValueError(f"Anchor.factor is a factor on the density, 1 or more; got {self.factor}")
+        if isinstance(self.after, bool) or not isinstance(self.after, int) or self.after < 1:
+            raise ValueError(f"Anchor.after counts skipped calls, from 1; got {self.after!r}")
+
+
+class Caches:
+    """The caches of one acceleration; none is a fine number of them.
+
+    Args:
+        recipes: outermost last: where one skips a whole call, those before it are not asked.
+        clock: of the pipeline.
+        anchor: see :class:`Anchor`; None for no such thing.
+        timer: takes the time of their own work; None for none.
+    """
+
+    def __init__(
+        self, recipes: Sequence[Cache], clock: StepClock, anchor: Anchor | None, timer: Timer | None = None
+    ) -> None:
+        self.engines = [CacheEngine(recipe, clock, timer) for recipe in recipes]
+        for engine in self.engines:
+            engine.others = tuple(other for other in self.engines if other is not engine)
+        self._anchor = anchor
+        self._block_of: dict[str, dict[str, int]] = {}  # by expert: index of the block that a site is in
+
+    def __bool__(self) -> bool:
+        return bool(self.engines)
+
+    def attach(self, installed: RootInstallation) -> list[Undo]:
+        """Puts all of them on a root; returns what undoes it, to be called in reverse order."""
+        blocks = [path for path, _ in installed.blocks()]
+        self._block_of[installed.expert] = {
+            site.info.path: index
+            for site in installed.sites.values()
+            for index, path in enumerate(blocks)
+            if site.info.path.startswith(f"{path}.")
+        }
+        undo: list[Undo] = []
+        for engine in self.engines:
+            try:
+                undo += attach(engine, installed)
+            except BaseException:
+                while undo:
+                    undo.pop()()
+                raise
+        return undo
+
+    def warm_up(self, steps: int) -> None:
+        """Says how many first steps sparse attention leaves dense: nothing is reused in them either."""
+        for engine in self.engines:
+            engine.warmup = steps
+
+    def keeps_dense(self, site: SiteInfo, state: StepState) -> bool:
+        """Whether a site has to attend densely for the sake of a cache."""
+        if any(engine.warms_up(state) for engine in self.engines):
+            return True
+        index = self._block_of[site.expert].get(site.path)
+        return index is not None and any(
+            engine.cache.policy.moment is Moment.PROBE and index < engine.cache.policy.probe_blocks
+            for engine in self.engines
+        )
+
+    def density_factor(self, state: StepState) -> float:
+        """On the density of the coming call, if it is computed."""
+        if self._anchor is None:
+            return 1.0
+        skipped = max((engine.consecutive(state.expert, state.branch) for engine in self.engines), default=0)
+        return self._anchor.factor if skipped >= self._anchor.after else 1.0
+
+    def skipped(self, site: SiteInfo) -> bool:
+        """Whether the call that has just ended skipped the block of a site."""
+        index = self._block_of.get(site.expert, {}).get(site.path)
+        return any(engine.skipped(site.expert, index, site.path) for engine in self.engines)
+
+    def forget(self) -> None:
+        """Drops everything that was kept."""
+        for engine in self.engines:
+            engine.forget()
+
+
+def recipes_of(given: Any, settings: Mapping[str, Any] | None, root: Any) -> list[Cache]:
+    """What a user gave as ``cache``, as recipes.
+
+    Args:
+        given: a preset's name, a recipe, several of these, or None.
+        settings: of the preset, if it is one.
+        root: the model, for presets that depend on it.
+
+    Raises:
+        ValueError: for unknown names or settings, or settings for anything but one preset.
+    """
+    if settings and not isinstance(given, str):
+        raise ValueError("cache_settings belong to one preset given by name; give them to the recipe itself")
+    if given is None:
+        return []
+    if isinstance(given, str):
+        return recipes_of(preset_by_name(given, root, settings or {}), None, root)
+    if isinstance(given, Cache):
+        return [given]
+    if isinstance(given, Sequence):
+        return [recipe for part in given for recipe in recipes_of(part, None, root)]
+    raise ValueError(f"cache is a preset's name, a dit_accel.caching.Cache, or several; got {type(given).__name__}")
