@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .caching.report import CacheReport
+    from .timing import TimeReport
 
 
 @dataclass
@@ -58,6 +62,10 @@ class Report:
         preset: name and source of the preset that settings come from, and which of them were given otherwise; None
             without one.
         choices: what was chosen for each expert, if the choice was left open.
+        caches: what each cache did.
+        timing: where the time of the model went, if it was taken.
+        step_densities: expert to branch to step: kept share of (query, key) pairs in that call of the model, over the
+            method's sites that ran; of the latest generation.
     """
 
     method: str | None
@@ -69,6 +77,9 @@ class Report:
     fallbacks: dict[str, str] = field(default_factory=dict)
     preset: str | None = None
     choices: dict[str, ChoiceReport] = field(default_factory=dict)
+    caches: list[CacheReport] = field(default_factory=list)
+    timing: TimeReport | None = None
+    step_densities: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
 
     @property
     def density(self) -> float:
@@ -78,23 +89,55 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return asdict(self) | {"density": self.density}
+        more = {
+            "density": self.density,
+            "caches": [cache.to_dict() for cache in self.caches],
+            "timing": None if self.timing is None else self.timing.to_dict(),
+            "predicted_speedup": self.predicted_speedup,
+        }
+        return asdict(self) | more
+
+    @property
+    def predicted_speedup(self) -> float | None:
+        """Of all caches and sparse attention together, over dense computation of everything; None if not known."""
+        if not self.caches:
+            return None
+        from .caching.report import combined_speedup
+
+        return combined_speedup([cache.speed for cache in self.caches])
+
+    def picture(self) -> str:
+        """The schedule of the latest generation as SVG: what was computed and reused at each step, and how densely.
+
+        Raises:
+            ValueError: if there is no cache, or the model has not been called yet.
+        """
+        from .caching.picture import schedule_svg
+
+        return schedule_svg(self.caches)
 
     def summary(self) -> str:
         """A few lines for people."""
         sparse = sum(site.sparse_calls for site in self.sites)
         dense = sum(site.dense_calls for site in self.sites)
-        lines = [
-            f"method: {self.method or 'none'}",
-            f"attention calls: {sparse} sparse, {dense} dense, at {len(self.sites)} sites",
-            f"kept pairs: {self.density:.1%} over all calls"
-            + (f", {self.plan_density:.1%} in the plan" if self.plan_density is not None else ""),
-        ]
+        lines = [f"method: {self.method or 'none'}"]
+        if self.sites or not self.caches:  # without a method, a cache has no calls to count
+            lines += [
+                f"attention calls: {sparse} sparse, {dense} dense, at {len(self.sites)} sites",
+                f"kept pairs: {self.density:.1%} over all calls"
+                + (f", {self.plan_density:.1%} in the plan" if self.plan_density is not None else ""),
+            ]
         if self.preset:
             lines.append(f"preset: {self.preset}")
         for expert, choice in self.choices.items():
             lines += [f"chosen for {expert}: {choice.recipe or choice.method}", f"because: {choice.reason}"]
             lines += [f"preset: {choice.preset}"] if choice.preset else []
+        for cache in self.caches:
+            lines += cache.lines()
+        if len(self.caches) > 1 and self.predicted_speedup is not None:
+            lines.append(f"all caches together: predicted speed-up {self.predicted_speedup:.2f}x")
+        if self.timing is not None:
+            lines.append(self.timing.summary())
         if self.backend:
             lines.append(f"backend: {self.backend} ({self.backend_reason})")
         lines += [f"FALLBACK {path}: {reason}" for path, reason in self.fallbacks.items()]

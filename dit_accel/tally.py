@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .densities import StepDensities
 from .report import SiteReport
 
 if TYPE_CHECKING:
@@ -20,10 +21,12 @@ class Tally:
 
     Attributes:
         fallbacks: site path to reason, for calls that should have been sparse and ran dense.
+        densities: of the latest generation, call by call of the model.
     """
 
     def __init__(self) -> None:
         self.fallbacks: dict[str, str] = {}
+        self.densities = StepDensities()
         self._sites: dict[Site, SiteReport] = {}
         self._unread: dict[Site, torch.Tensor] = {}  # what has yet to be added to `kept`, still on the device
 
@@ -45,6 +48,7 @@ class Tally:
         density = site.settle(state)
         if density is None and site.is_unused:
             return  # it was not called, since a hook stood in for its block
+        self.densities.count(state, 1.0 if density is None else density)
         if density is None:
             tally.dense_calls += 1
             tally.kept += 1.0
@@ -68,6 +72,7 @@ class Tally:
             tally.sparse_calls, tally.dense_calls, tally.kept = 0, 0, 0.0
         self._unread.clear()
         self.fallbacks.clear()
+        self.densities.reset()
 
     def _keep(self, site: Site, tally: SiteReport, density: float | torch.Tensor) -> None:
         if isinstance(density, torch.Tensor):
