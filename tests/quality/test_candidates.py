@@ -1,0 +1,72 @@
+"""Ladders of candidates: what they promise about themselves, checked on toys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_accel.quality.candidates import KINDS, Prospects
+from dit_accel.quality.replay import replay
+from dit_accel.quality.trace import WIDE, trace_dtype
+
+from .toys import affine_trace, two_experts
+
+TRACES = [affine_trace(16, slope=1.5, seed=seed, shift=0.6) for seed in (0, 1)]
+
+
+def test_ladders_fall_in_share_and_predict_what_replays_give() -> None:
+    prospects = Prospects(TRACES, max_gap=5)
+    prospects.weights = tuple(1 + step / 4 for step in range(16))
+    ladders = {ladder.name: ladder.rungs for ladder in prospects.ladders()}
+    assert tuple(ladders) == KINDS
+    for rungs in ladders.values():
+        shares = [rung.share for rung in rungs]
+        assert shares == sorted(shares, reverse=True) and len({rung.spec for rung in rungs}) == len(rungs)
+        assert max(shares) < 1
+    listed = ladders["listed steps"]
+    assert [rung.share * 16 for rung in listed] == list(range(15, 3, -1))  # gaps of 5 need 4 computed steps
+    predicted = [rung.predicted for rung in listed]
+    assert predicted == sorted(predicted)
+    for rung in listed:
+        computed = rung.spec.computed
+        assert computed is not None and computed[0] == 0
+        assert max(b - a for a, b in zip(computed, (*computed[1:], 16), strict=True)) <= 5
+        sums = [prospects.predicted(prospects.relative_errors(rung.spec, number)) for number in (0, 1)]
+        assert max(sums) <= rung.predicted + 1e-9  # the worst prompt of each step is at least the worst prompt
+
+
+def test_dynamic_rungs_decide_differently_and_share_what_they_say() -> None:
+    prospects = Prospects(TRACES)
+    rungs = next(ladder.rungs for ladder in prospects.ladders() if ladder.name == "EasyCache")
+    decisions = []
+    for rung in rungs:
+        replays = [replay(trace, rung.spec.cache()) for trace in TRACES]
+        assert rung.share == pytest.approx(sum(each.share for each in replays) / 2)
+        assert all(each.computed[:2] == (True, True) and each.computed[-1] for each in replays)
+        decisions.append(tuple(each.computed for each in replays))
+    assert len(rungs) >= 3 and len(set(decisions)) == len(decisions)
+
+
+def test_another_expert_is_computed_first() -> None:
+    prospects = Prospects([two_experts(trace, 6) for trace in TRACES])
+    for ladder in prospects.ladders(("listed steps", "whole, reuse")):
+        assert all(rung.spec.computed is not None and {0, 6} <= set(rung.spec.computed) for rung in ladder.rungs)
+
+
+def test_whole_models_follow_outputs_of_the_same_predictor() -> None:
+    prospects = Prospects(TRACES)
+    ladders = {ladder.name: ladder.rungs for ladder in prospects.ladders(KINDS[2:])}
+    assert set(ladders) == set(KINDS[2:])
+    for kind, rungs in ladders.items():
+        assert all(rung.spec.scope == "whole" and kind.endswith(rung.spec.predictor) for rung in rungs)
+
+
+def test_traces_of_different_schedules_are_refused() -> None:
+    with pytest.raises(ValueError, match="one schedule"):
+        Prospects([affine_trace(8), affine_trace(9)])
+    with pytest.raises(ValueError, match="at least one"):
+        Prospects([])
+
+
+def test_large_traces_are_kept_in_half_precision() -> None:
+    assert trace_dtype(WIDE // 4, 4) == torch.float32 and trace_dtype(WIDE // 4 + 1, 4) == torch.float16
