@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dit_accel.metrics import describe_noise_floor, psnr, ssim
 
+from .cache_options import CacheChoice
 from .errors import UsageError, one_line
 from .plain import plain
 from .sampling import Run, sample, warm_up
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from dit_accel import Acceleration
+    from dit_accel.report import Report
 
     from .pipelines import Loaded
     from .settings import Settings
@@ -34,6 +36,7 @@ class Job:
         acceleration: the report of what the method did; None if dense.
         dense: the dense run that ``main`` was compared with, if it was.
         comparison: what the comparison found.
+        picture: file with the schedule of the cache, if it was asked for.
     """
 
     load_s: float
@@ -41,6 +44,7 @@ class Job:
     acceleration: dict[str, Any] | None
     dense: Run | None = None
     comparison: dict[str, Any] | None = None
+    picture: bytes | None = None
 
     def record(self) -> dict[str, Any]:
         """Timings and measurements, as they are written to files."""
@@ -58,29 +62,46 @@ def render_job(loaded: Loaded, settings: Settings) -> Job:
     with limited_threads(settings.threads):
         if settings.compare:
             return _compare(loaded, settings)
-        return Job(loaded.load_s, *_sample_as_asked(loaded.pipe, settings))
+        run, report = _sample_as_asked(loaded.pipe, settings)
+        return Job(loaded.load_s, run, _plain_report(report), picture=_picture(report, settings))
 
 
-def _sample_as_asked(pipe: DiffusionPipeline, settings: Settings) -> tuple[Run, dict[str, Any] | None]:
-    """One run with the method asked for, and the report of what it did."""
-    if settings.attention == "dense":
+def _sample_as_asked(pipe: DiffusionPipeline, settings: Settings) -> tuple[Run, Report | None]:
+    """One run with the method and the cache asked for, and the report of what they did."""
+    if settings.is_dense:
         return sample(pipe, settings, "dense"), None
     with _accelerated(pipe, settings) as handle:
-        run = sample(pipe, settings, settings.attention)
-        report = handle.report()
-    return run, plain({**report.to_dict(), "summary": report.summary()})
+        run = sample(pipe, settings, settings.label)
+        return run, handle.report()
+
+
+def _plain_report(report: Report | None) -> dict[str, Any] | None:
+    return None if report is None else plain({**report.to_dict(), "summary": report.summary()})
+
+
+def _picture(report: Report | None, settings: Settings) -> bytes | None:
+    """The schedule as the file that was asked for."""
+    if report is None or settings.cache.picture is None or not report.caches:
+        return None
+    if settings.cache.picture.suffix.lower() == ".svg":
+        return report.picture().encode()
+    from dit_accel.caching.picture import schedule_png
+
+    return schedule_png(report.caches)
 
 
 def _compare(loaded: Loaded, settings: Settings) -> Job:
     """Dense, accelerated, dense again: the repetition gives the noise floor, and cancels a drift in speed."""
     pipe = loaded.pipe
     warm_up(pipe, settings, decode=True)
-    with _accelerated(pipe, settings, **_sparse_at_once(settings)):
-        warm_up(pipe, settings, decode=False, steps=2)  # some methods search in the first, and are sparse in the next
+    if settings.attention != "dense":  # the cache has nothing to compile, and may be for so many steps only
+        with _accelerated(pipe, replace(settings, cache=CacheChoice(), timed=False), **_sparse_at_once(settings)):
+            warm_up(pipe, settings, decode=False, steps=2)  # some methods search first, and are sparse in the next
     dense = sample(pipe, settings, "dense")
-    run, acceleration = _sample_as_asked(pipe, settings)
+    run, report = _sample_as_asked(pipe, settings)
     again = sample(pipe, settings, "dense again")
-    return Job(loaded.load_s, run, acceleration, dense, plain(_measure(run, dense, again)))
+    measured = plain(_measure(run, dense, again))
+    return Job(loaded.load_s, run, _plain_report(report), dense, measured, _picture(report, settings))
 
 
 def _sparse_at_once(settings: Settings) -> dict[str, Any]:
@@ -109,12 +130,24 @@ def _measure(run: Run, dense: Run, again: Run) -> dict[str, Any]:
 def _accelerated(pipe: DiffusionPipeline, settings: Settings, **changes: Any) -> Iterator[Acceleration]:
     from dit_accel import accelerate
 
+    has_method = settings.attention != "dense"
+    method: dict[str, Any] = {"preset": settings.preset, **settings.method, **changes} if has_method else {}
+    cache = settings.cache
     try:
         handle = accelerate(
-            pipe, attention=settings.attention, preset=settings.preset, **{**settings.method, **changes}
+            pipe,
+            attention=settings.attention if has_method else None,
+            cache=cache.preset,
+            cache_settings=cache.settings or None,
+            profile=cache.profile,
+            timed=settings.timed,
+            **method,
         )
-    except (ValueError, NotImplementedError) as error:
-        raise UsageError(f"{one_line(error)} (--attention dense renders without it)") from error
+    except (ValueError, TypeError, NotImplementedError) as error:
+        off = (
+            "--attention dense renders without it" if has_method else "leave out --cache and --profile to render dense"
+        )
+        raise UsageError(f"{one_line(error)} ({off})") from error
     with handle:
         yield handle
 

@@ -190,7 +190,7 @@ def given_settings(options: argparse.Namespace, given: list[Option]) -> dict[str
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares all of them: what all methods have, what several have, and a group for each method."""
     common = parser.add_argument_group("attention")
-    common.add_argument("--attention", choices=CHOICES, default="radial", help="(default: radial)")
+    common.add_argument("--attention", choices=CHOICES, help="(default: radial; beside a feature cache, dense)")
     common.add_argument(
         "--preset", metavar="NAME", help="published settings: a name, none, or auto, those for the model (default)"
     )

@@ -21,29 +21,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Targets:
-    """Where each output goes; the last two only when dense is rendered too."""
+    """Where each output goes; ``dense`` and ``side_by_side`` if dense is rendered too, ``picture`` if it is wanted."""
 
     video: Path
     record: Path
     dense: Path | None = None
     side_by_side: Path | None = None
+    picture: Path | None = None
 
     @classmethod
-    def beside(cls, output: Path, compare: bool) -> Targets:
-        """Derives all names from that of the video.
+    def beside(cls, output: Path, compare: bool, picture: Path | None = None) -> Targets:
+        """Derives all names from that of the video, but that of the picture of the schedule, which is given.
 
         Raises:
-            UsageError: if it does not end in ``.mp4``.
+            UsageError: if the video does not end in ``.mp4``.
         """
         output = output.expanduser()
         if output.suffix.lower() != ".mp4":
             raise UsageError(f"the output must end in .mp4, got '{output}'")
-        extra = (output.with_suffix(".dense.mp4"), output.with_suffix(".compare.mp4")) if compare else ()
-        return cls(output, output.with_suffix(".json"), *extra)
+        dense, both = (output.with_suffix(f".{name}.mp4") if compare else None for name in ("dense", "compare"))
+        picture = None if picture is None else picture.expanduser()
+        return cls(output, output.with_suffix(".json"), dense, both, picture)
 
     def all(self) -> list[Path]:
         """Every file that will be written."""
-        return [path for path in (self.video, self.record, self.dense, self.side_by_side) if path is not None]
+        every = (self.video, self.record, self.dense, self.side_by_side, self.picture)
+        return [path for path in every if path is not None]
 
     def check(self, force: bool) -> None:
         """Makes sure now that everything can be written later.
@@ -87,13 +90,18 @@ def _write(targets: Targets, settings: Settings, job: Job, record: dict[str, Any
     from dit_accel.video import encode_video, side_by_side
 
     common = plain(_common(settings, job))
-    with staged(*targets.all()) as (video, sidecar, *extra):
-        encode_video(video, job.main.frames, settings.fps, common)
-        sidecar.write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        if extra and job.dense is not None:
-            labels = ("dense", settings.attention)
-            encode_video(extra[0], job.dense.frames, settings.fps, {**common, "attention": {"method": "dense"}})
-            encode_video(extra[1], side_by_side(job.dense.frames, job.main.frames, labels), settings.fps, common)
+    with staged(*targets.all()) as scratch:
+        at = dict(zip(targets.all(), scratch, strict=True))
+        encode_video(at[targets.video], job.main.frames, settings.fps, common)
+        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        at[targets.record].write_text(text, encoding="utf-8")
+        if targets.dense is not None and targets.side_by_side is not None and job.dense is not None:
+            plainly = {**common, "attention": {"method": "dense"}, "cache": None}
+            encode_video(at[targets.dense], job.dense.frames, settings.fps, plainly)
+            both = side_by_side(job.dense.frames, job.main.frames, ("dense", settings.label))
+            encode_video(at[targets.side_by_side], both, settings.fps, common)
+        if targets.picture is not None and job.picture is not None:
+            at[targets.picture].write_bytes(job.picture)
 
 
 def _common(settings: Settings, job: Job) -> dict[str, Any]:

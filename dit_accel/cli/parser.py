@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from . import doctor, inspect, render, simulate, train_gate
+from . import doctor, inspect, profile_blocks, render, simulate, train_gate, tune
 from .errors import UsageError
 
 Adder = Callable[..., argparse.Action]
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="dit-accel", description="Faster video diffusion: render, simulate, diagnose.")
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (render, simulate, inspect, train_gate, doctor):
+    for module in (render, simulate, inspect, train_gate, tune, profile_blocks, doctor):
         child = commands.add_parser(module.NAME, help=module.SUMMARY, description=module.SUMMARY)
         module.add_arguments(child)
         child.add_argument("--json", action="store_true", help="print one JSON object instead of text")

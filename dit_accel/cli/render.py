@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import method_options
+from . import cache_options, method_options
 from .errors import EnvironmentProblem, UsageError, one_line
 from .values import real, whole
 
@@ -25,18 +25,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")
     parser.add_argument("--compare", action="store_true", help="render dense too, and measure the difference")
+    parser.add_argument(
+        "--timed", action="store_true", help="split the model's time into attention, cache and all other"
+    )
     parser.add_argument("--force", action="store_true", help="replace existing output files")
     sampling = parser.add_argument_group("sampling (defaults: the model's own)")
     add_sampling_arguments(sampling)
     sampling.add_argument("--fps", type=real(0, above=True), help="frames per second of the file")
+    cache_options.add_arguments(parser)
     method_options.add_arguments(parser)
     add_machine_arguments(parser.add_argument_group("machine"))
 
 
-def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
-    """Declares what a pipeline's call depends on besides its prompts."""
+def add_sampling_arguments(group: argparse._ArgumentGroup, seed: str = "random") -> None:
+    """Declares what a pipeline's call depends on besides its prompts; ``seed`` says what it is if it is not given."""
     group.add_argument("--steps", type=whole(1), metavar="N", help="denoising steps")
-    group.add_argument("--seed", type=whole(0, 2**63 - 1), metavar="N", help="of the noise (default: random)")
+    group.add_argument("--seed", type=whole(0, 2**63 - 1), metavar="N", help=f"of the noise (default: {seed})")
     group.add_argument("--frames", type=whole(1), metavar="N", help="frames of the video")
     group.add_argument("--height", type=whole(1), metavar="PIXELS")
     group.add_argument("--width", type=whole(1), metavar="PIXELS")
@@ -70,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
     if not options.prompt.strip():
         raise UsageError('the prompt is empty; say what to show, such as "a red circle moving left on a ..."')
-    targets = Targets.beside(options.output, options.compare)
+    targets = Targets.beside(options.output, options.compare, options.schedule_picture)
     targets.check(options.force)
     _require_encoder()
     record = _render(options, targets)

@@ -8,6 +8,7 @@ import secrets
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from .cache_options import CacheChoice, choice_of
 from .errors import EnvironmentProblem, UsageError, one_line
 from .method_options import CHOICES, given_options, given_settings, options_of
 from .models import Model, check_multiple
@@ -26,6 +27,7 @@ ARGUMENTS = {
 }
 FPS = {"Wan": 16, "HunyuanVideo": 24, "LTX": 24, "CogVideoX": 8, "Mochi": 30}  # what their authors play them at
 OTHER_FPS = 16
+DEFAULT = "radial"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Settings:
         attention: name of a method, ``"auto"`` or ``"dense"``.
         method: all options of the method; empty if dense.
         preset: name of the preset that some of them come from; None without one.
+        cache: the feature cache.
         compare: whether to render dense too.
+        timed: whether the accelerated run's time is split into its parts.
         fps: frames per second of the file.
         device: such as ``"cpu"`` or ``"cuda:0"``.
         dtype: such as ``"float32"``.
@@ -50,7 +54,9 @@ class Settings:
     attention: str
     method: dict[str, Any]
     preset: str | None
+    cache: CacheChoice
     compare: bool
+    timed: bool
     steps: int | None
     seed: int
     frames: int | None
@@ -62,6 +68,17 @@ class Settings:
     device: str
     threads: int | None
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is accelerated."""
+        return self.attention == "dense" and not self.cache.is_on
+
+    @property
+    def label(self) -> str:
+        """Names the run: its method, its cache, or both."""
+        parts = [None if self.attention == "dense" else self.attention, self.cache.label]
+        return " + ".join(part for part in parts if part is not None) or "dense"
+
     def call_arguments(self) -> dict[str, Any]:
         """The arguments for the pipeline's call, without the seed."""
         given = {argument: getattr(self, name) for name, argument in ARGUMENTS.items()}
@@ -71,6 +88,7 @@ class Settings:
         """All settings, as they are written to files."""
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         settings["attention"] = {"method": self.attention, **settings.pop("method")}
+        settings["cache"] = self.cache.record()
         return settings
 
 
@@ -81,6 +99,8 @@ def resolve(options: argparse.Namespace, model: Model) -> Settings:
         UsageError: if an option does not fit the model, or does not fit another option.
         EnvironmentProblem: if the device is not there.
     """
+    cache = choice_of(options)
+    attention = options.attention or ("dense" if cache.is_on else DEFAULT)
     sampling = {name: _sampling_value(name, options, model) for name in ARGUMENTS}
     if model.shapes is not None:
         _check_shapes_language(model.name, model.shapes, options.prompt, sampling["negative_prompt"])
@@ -88,15 +108,17 @@ def resolve(options: argparse.Namespace, model: Model) -> Settings:
     check_multiple("height", sampling["height"], model.height_step)
     check_multiple("width", sampling["width"], model.width_step)
     device = _device(options.device)
-    method, preset = _method(options, model)
+    method, preset = _method(attention, options, model, cache)
     return Settings(
         prompt=options.prompt,
         model=options.model,
         pipeline=model.pipeline.__name__,
-        attention=options.attention,
+        attention=attention,
         method=method,
         preset=preset,
+        cache=cache,
         compare=options.compare,
+        timed=options.timed,
         seed=secrets.randbelow(2**32) if options.seed is None else options.seed,
         fps=options.fps or (model.shapes and model.shapes.fps) or _usual_fps(model.pipeline.__name__),
         dtype=options.dtype or ("float32" if device == "cpu" else "bfloat16"),
@@ -132,26 +154,28 @@ def _check_shapes_language(name: str, info: ModelInfo, prompt: str, negative_pro
         raise UsageError(f"--negative-prompt: '{name}' does not know {unknown[0]!r}; it knows {known}")
 
 
-def _method(options: argparse.Namespace, model: Model) -> tuple[dict[str, Any], str | None]:
+def _method(
+    attention: str, options: argparse.Namespace, model: Model, cache: CacheChoice
+) -> tuple[dict[str, Any], str | None]:
     """Every setting of the attention method, checked against its name and its own rules; and the preset it uses."""
     found = given_options(options)
-    _check_belonging(options, found)
-    if options.attention == "dense":
+    _check_belonging(attention, options, found, cache)
+    if attention == "dense":
         return {}, None
     from dit_accel.presets import AUTO, ModelFacts, layered, recipe_by_name
 
     given, usual = given_settings(options, found), model.shapes.attention if model.shapes else {}
-    if options.attention == "auto":
+    if attention == "auto":
         chosen = {"usual": usual} | given
     else:
-        known = {each.setting or each.name for each in options_of(options.attention)}
+        known = {each.setting or each.name for each in options_of(attention)}
         usual = {name: value for name, value in usual.items() if name in known}
-        chosen = layered(options.attention, usual, given)
+        chosen = layered(attention, usual, given)
     preset = None if options.preset == "none" else options.preset or AUTO
     try:
         families = model.families()
         facts = ModelFacts.of_class(next(iter(model.roots.values()), object), model.config, len(model.roots))
-        recipe, completed = recipe_by_name(options.attention, chosen, facts, preset)
+        recipe, completed = recipe_by_name(attention, chosen, facts, preset)
         for family in families:
             recipe.check_family(family)
     except ValueError as error:
@@ -159,19 +183,20 @@ def _method(options: argparse.Namespace, model: Model) -> tuple[dict[str, Any], 
     return recipe.settings(), completed.preset.name if completed and completed.preset else None
 
 
-def _check_belonging(options: argparse.Namespace, given: list[Option]) -> None:
+def _check_belonging(attention: str, options: argparse.Namespace, given: list[Option], cache: CacheChoice) -> None:
     """Refuses options that the method does not have."""
-    if options.attention == "dense" and options.compare:
+    if attention == "dense" and options.compare and not cache.is_on:
         raise UsageError("--compare renders dense anyway; leave out --attention dense")
-    if options.attention == "dense" and options.preset:
+    if attention == "dense" and options.preset:
         raise UsageError("--preset does nothing with --attention dense; leave it out, or name a method")
-    known = options_of(options.attention)
+    if attention == "dense" and options.timed and not cache.is_on:
+        raise UsageError("--timed splits the time of an accelerated run; name a method or a --cache")
+    known = options_of(attention)
     foreign = next((each for each in given if each not in known), None)
     if foreign is not None:
         owners = [choice for choice in CHOICES if foreign in options_of(choice)]
         raise UsageError(
-            f"{foreign.flag} does nothing with --attention {options.attention}; leave it out, "
-            f"or choose {' or '.join(owners)}"
+            f"{foreign.flag} does nothing with --attention {attention}; leave it out, or choose {' or '.join(owners)}"
         )
 
 
