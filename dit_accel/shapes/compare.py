@@ -8,9 +8,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from ..metrics import flicker, motion_ratio, noise_floor, psnr
+from ..metrics import noise_floor, psnr
 from .report.journal import Journal, Record, write_json
-from .report.judging import accuracy, judged, median_seconds
+from .report.judging import accuracy, decibels, judged, median_seconds, temporal
 from .report.sampling import Sample, Sampler, tell
 from .report.settings import Settings, add_arguments, model_info, settings_from
 from .report.subsets import Subset, chosen_subsets
@@ -91,7 +91,7 @@ def _pair(sampler: Sampler, subset: Subset, index: int) -> Record:
         "seed": sampler.settings.seed + index,
         "first": order[0],
         "psnr_db": decibels(psnr(sparse.video, dense.video)),
-        **_temporal(sparse, dense),
+        **temporal(sparse.video, dense.video),
         "attention": sparse.attention,
     }
     for way, sample in samples.items():
@@ -100,20 +100,6 @@ def _pair(sampler: Sampler, subset: Subset, index: int) -> Record:
     if extra is not None:
         record["noise_floor_db"] = decibels(noise_floor([extra.video, dense.video]))
     return record
-
-
-def _temporal(sparse: Sample, dense: Sample) -> Record:
-    """How much of the motion is kept, and how much flicker is added; nothing for images."""
-    if len(dense.video) == 1:
-        return {}
-    ratio = motion_ratio(sparse.video, dense.video)
-    moves = {} if math.isinf(ratio) else {"motion_ratio": round(ratio, 4)}
-    return {**moves, "flicker": round(flicker(sparse.video, dense.video), 5)}
-
-
-def decibels(value: float) -> float | str:
-    """PSNR as a JSON value; ``"bit-equal"`` stands for infinity, which JSON lacks."""
-    return "bit-equal" if math.isinf(value) else round(value, 2)
 
 
 def _summary(context: Record, results: list[Record]) -> Record:

@@ -11,7 +11,8 @@ import torch
 
 from dit_accel.shapes.methods.__main__ import main
 from dit_accel.shapes.methods.contenders import PUBLISHED, contenders
-from dit_accel.shapes.methods.runs import MethodSampler, Results
+from dit_accel.shapes.methods.runs import MethodSampler
+from dit_accel.shapes.report.results import Results
 from dit_accel.shapes.report.sampling import Sample
 from dit_accel.shapes.world import parse_prompt
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from ...inspect.tuning import Options, tune
-from ...metrics import noise_floor, psnr, ssim
 from ...tally import sparse_density
-from ..compare import decibels
-from ..report.journal import Journal, Record
-from ..report.judging import judged
+from ..report.bench import Bench, likeness
+from ..report.journal import Record
+from ..report.results import DENSE, Results, plain
 from ..report.sampling import Sample, Sampler, tell
 from ..report.settings import Settings
 from ..report.subsets import Subset
@@ -28,7 +23,6 @@ if TYPE_CHECKING:
     from ...processors import SparseAttnProcessor
     from ...report import Report
 
-DENSE = "dense"
 REFUSALS = (ValueError, NotImplementedError)  # a method that cannot act on this model
 
 
@@ -37,46 +31,6 @@ class Recipe(NamedTuple):
 
     processor: SparseAttnProcessor
     order_for: OrderFor | None
-
-
-class Results:
-    """A journal of what was found for whom, each under a kind, a contender and a prompt; the latest counts.
-
-    Args:
-        file: of the journal.
-        context: everything that all results depend on.
-
-    Raises:
-        ValueError: if the file holds results of another context.
-    """
-
-    def __init__(self, file: Path, context: Record) -> None:
-        self._journal = Journal(file, context)
-        self._latest: dict[tuple[str, str, int | None], Record] = {}
-        for _, record in sorted(self._journal.records.items()):
-            self._take(record)
-
-    def add(self, kind: str, name: str, content: Record, prompt: int | None = None) -> None:
-        """Stores a result, on disk before returning."""
-        record = plain({"kind": kind, "name": name, "prompt": prompt, **content})
-        self._journal.add(len(self._journal.records), record)
-        self._take(record)
-
-    def get(self, kind: str, name: str, prompt: int | None = None, **expected: Any) -> Record | None:
-        """A result, if there is one with these entries."""
-        record = self._latest.get((kind, name, prompt))
-        same = record and all(record.get(key) == plain(value) for key, value in expected.items())
-        return record if same else None
-
-    def forget(self, name: str) -> None:
-        """Drops all that is known about a contender, for good."""
-        self.add("forgotten", name, {})
-
-    def _take(self, record: Record) -> None:
-        if record["kind"] == "forgotten":
-            self._latest = {key: each for key, each in self._latest.items() if key[1] != record["name"]}
-        else:
-            self._latest[record["kind"], record["name"], record["prompt"]] = record
 
 
 class MethodSampler(Sampler):
@@ -121,7 +75,7 @@ class MethodSampler(Sampler):
             self.report = acceleration.report()
 
 
-class Bench:
+class MethodBench(Bench[MethodSampler]):
     """Brings contenders to their settings, looks at their plans, and renders prompts.
 
     Args:
@@ -132,10 +86,10 @@ class Bench:
     """
 
     def __init__(self, sampler: MethodSampler, subset: Subset, results: Results, target: float) -> None:
-        self.sampler, self.subset, self.results, self.target = sampler, subset, results, target
+        super().__init__(sampler, subset, results)
+        self.target = target
         self.steps = measured_steps(sampler.settings.steps)
         self._density: Callable[..., float | None] | None = None
-        self._earlier: torch.Tensor | None = None  # dense clip of the first prompt
 
     def settle(self, everyone: Sequence[Contender], chosen: Sequence[Contender]) -> list[tuple[Contender, Record]]:
         """Finds the settings of the contenders that are chosen, tuned where there are knobs, and looks at their plans.
@@ -167,11 +121,6 @@ class Bench:
                 waiting.append((way, sample))
             while dense is not None and waiting:
                 self._keep(index, *waiting.pop(0), dense)
-
-    def warm_up(self) -> None:
-        """A dense run of the first prompt, which takes slow beginnings away; how far the next is from it is kept."""
-        if self.results.get("noise_floor", DENSE) is None:
-            self._earlier = self.sampler.sample(self.subset.prompts[0].prompt, 0, DENSE).video
 
     def _settle(self, contender: Contender) -> Record:
         found = self._known(contender)
@@ -239,30 +188,17 @@ class Bench:
         settings = self.sampler.recipes[name].processor.settings()
         return self.results.get("run", name, index, settings=settings) is not None
 
-    def _keep_dense(self, index: int, sample: Sample) -> None:
-        if index == 0 and self._earlier is not None:
-            floor = decibels(noise_floor([self._earlier, sample.video]))
-            self.results.add("noise_floor", DENSE, {"psnr_db": floor})
-        self.results.add(DENSE, DENSE, self._judged(index, sample), index)
-        tell(f"[{index + 1}/{len(self.subset.prompts)}] dense: {sample.sampling_seconds:.1f} s")
-
     def _keep(self, index: int, name: str, sample: Sample, dense: Sample) -> None:
         content = {
             "settings": self.sampler.recipes[name].processor.settings(),
             **self._judged(index, sample),
             "dense_sampling_seconds": round(dense.sampling_seconds, 3),
-            "psnr_db": decibels(psnr(sample.video, dense.video)),
-            "ssim": round(ssim(sample.video, dense.video), 4),
+            **likeness(sample, dense),
             **(sample.attention or {}),
         }
         self.results.add("run", name, content, index)
         speedup = dense.sampling_seconds / sample.sampling_seconds
         tell(f"[{index + 1}/{len(self.subset.prompts)}] {name}: PSNR {content['psnr_db']}, {speedup:.2f} x")
-
-    def _judged(self, index: int, sample: Sample) -> Record:
-        found = judged(sample.video, self.subset.prompts[index], self.subset.slots)
-        verdict: Record = {name: found[name] for name in ("right", "all", "bound") if name in found}
-        return {**verdict, "sampling_seconds": round(sample.sampling_seconds, 3)}
 
 
 def _asked(contender: Contender) -> Record:
@@ -274,8 +210,3 @@ def _is_still(contender: Contender, settled: Record) -> bool:
     if settled["refusal"] is not None:
         return False
     return bool(plain(contender.recipe(settled["options"]).settings()) == settled["settings"])
-
-
-def plain(content: Any) -> Any:
-    """As JSON gives it back: tuples become lists."""
-    return json.loads(json.dumps(content))

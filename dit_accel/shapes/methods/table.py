@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ...inspect.tuning import TOLERANCE
-from ..compare import decibels
+from ..report.cells import (
+    Column,
+    bare,
+    dense_row,
+    heading,
+    markdown_table,
+    mean_of,
+    name_cell,
+    psnr_and_time,
+    right_cell,
+    share_cell,
+    slot_columns,
+)
 from ..report.journal import Record
-from ..report.judging import accuracy, median_seconds
+from ..report.judging import accuracy
+from ..report.results import DENSE, Results
 from .contenders import EQUAL, PUBLISHED, Contender
-from .runs import DENSE, Results
-
-Column = tuple[str, Callable[[Record], str]]
 
 
 def summary(
@@ -31,29 +40,22 @@ def summary(
     return {
         "settings": context,
         "noise_floor_db": (results.get("noise_floor", DENSE) or {}).get("psnr_db"),
-        "dense": _of_dense(list(dense.values())),
+        "dense": dense_row(list(dense.values())),
         "contenders": [_row(context, results, *each, dense) for each in settled],
-        "prompts": [{"index": index, "prompt": prompts[index], **_bare(run)} for index, run in dense.items()],
+        "prompts": [{"index": index, "prompt": prompts[index], **bare(run)} for index, run in dense.items()],
     }
 
 
 def markdown(table: Record) -> str:
     """A heading, two tables for each group of contenders, and notes."""
-    parts = [_heading(table)]
+    parts = [heading(table)]
     for group, title in ((EQUAL, _equal_title(table)), (PUBLISHED, "As published: each with its own defaults")):
         rows = [row for row in table["contenders"] if row["group"] == group]
         acting = [row for row in rows if row["runs"]]
         if acting:
-            parts += [f"### {title}", _table(_columns(), acting), _table(_slots(table), acting)]
+            parts += [f"### {title}", markdown_table(_columns(), acting), markdown_table(slot_columns(table), acting)]
         parts += [f"\\* {row['name']}: {row['note']}" for row in rows if row["note"]]
     return "\n\n".join(parts) + "\n"
-
-
-def _of_dense(runs: Sequence[Record]) -> Record:
-    if not runs:
-        return {"runs": 0}
-    seconds = median_seconds([run["sampling_seconds"] for run in runs])
-    return {"runs": len(runs), "accuracy": accuracy(runs), "sampling_seconds": seconds}
 
 
 def _row(
@@ -79,24 +81,18 @@ def _row(
         | {part: plans.get(part) for part in ("recall", "output_error", "by_layer")}
         | _figures(context, contender, list(runs.values()))
         | {"dense_accuracy": accuracy([dense[index] for index in runs])}
-        | {"prompts": [{"index": index, **_bare(run)} for index, run in runs.items()]}
+        | {"prompts": [{"index": index, **bare(run)} for index, run in runs.items()]}
     )
 
 
 def _figures(context: Record, contender: Contender, runs: Sequence[Record]) -> Record:
-    values = [math.inf if run["psnr_db"] == "bit-equal" else run["psnr_db"] for run in runs]
-    speedups = [run["dense_sampling_seconds"] / run["sampling_seconds"] for run in runs]
     sparse = [run["sparse_density"] for run in runs if run["sparse_density"] is not None]
     density = round(statistics.mean(sparse), 4) if sparse else None
     return {
         "runs": len(runs),
         "note": _note(context, contender, density),
-        "density": {"sparse_calls": density, "all_calls": _mean(runs, "density")},
-        "psnr_db": {"mean": decibels(statistics.mean(values)), "min": decibels(min(values))},
-        "ssim": {"mean": _mean(runs, "ssim"), "min": min(run["ssim"] for run in runs)},
-        "accuracy": accuracy(runs),
-        "sampling_seconds": median_seconds([run["sampling_seconds"] for run in runs]),
-        "speedup": {"median": round(statistics.median(speedups), 3), "min": round(min(speedups), 3)},
+        "density": {"sparse_calls": density, "all_calls": mean_of(runs, "density")},
+        **psnr_and_time(runs),
         "backend": runs[-1]["backend"],
         "fallbacks": {site: why for run in runs for site, why in run["fallbacks"].items()},
     }
@@ -111,73 +107,20 @@ def _note(context: Record, contender: Contender, density: float | None) -> str |
     return None
 
 
-def _bare(run: Record) -> Record:
-    return {name: value for name, value in run.items() if name not in ("kind", "name", "prompt", "settings")}
-
-
-def _mean(runs: Sequence[Record], name: str) -> float:
-    return round(statistics.mean(run[name] for run in runs), 4)
-
-
-def _heading(table: Record) -> str:
-    settings, dense = table["settings"], table["dense"]
-    if not dense["runs"]:
-        return f"{settings['model']}: nothing rendered yet."
-    size = " x ".join(str(settings[name]) for name in ("frames", "height", "width"))
-    right = dense["accuracy"]["all"]
-    return (
-        f"{settings['model']}, {dense['runs']} held-out prompts, {size}, {settings['steps']} steps, "
-        f"{settings['dtype']}, {settings['machine']}. Dense: {right['right']} of {right['of']} prompts right in every "
-        f"word, {dense['sampling_seconds']:.1f} s for the sampling loop. Dense against dense: "
-        f"{_decibels(table['noise_floor_db'])}."
-    )
-
-
 def _equal_title(table: Record) -> str:
     return f"Equal density: {table['settings']['target_density']:g} of the pairs in sparse calls"
 
 
 def _columns() -> list[Column]:
     return [
-        ("method", _name),
-        ("density of sparse calls", lambda row: _share(row["density"]["sparse_calls"])),
-        ("of all calls", lambda row: _share(row["density"]["all_calls"])),
-        ("recall", lambda row: _share(row["recall"])),
-        ("error of the output", lambda row: _share(row["output_error"])),
+        ("method", name_cell),
+        ("density of sparse calls", lambda row: share_cell(row["density"]["sparse_calls"])),
+        ("of all calls", lambda row: share_cell(row["density"]["all_calls"])),
+        ("recall", lambda row: share_cell(row["recall"])),
+        ("error of the output", lambda row: share_cell(row["output_error"])),
         ("PSNR in dB (least)", lambda row: f"{row['psnr_db']['mean']} ({row['psnr_db']['min']})"),
         ("SSIM (least)", lambda row: f"{row['ssim']['mean']:.3f} ({row['ssim']['min']:.3f})"),
-        ("all words right (dense)", lambda row: _right(row, "all")),
+        ("all words right (dense)", lambda row: right_cell(row, "all")),
         ("speed-up of the loop", lambda row: f"{row['speedup']['median']:.2f}"),
         ("fallbacks", lambda row: str(len(row["fallbacks"]) or "-")),
     ]
-
-
-def _slots(table: Record) -> list[Column]:
-    def cell(slot: str) -> Callable[[Record], str]:
-        return lambda row: _right(row, slot)
-
-    names = [*(slot for slot in table["dense"]["accuracy"] if slot != "all"), "all"]
-    return [("words right (dense)", _name), *((slot, cell(slot)) for slot in names)]
-
-
-def _name(row: Record) -> str:
-    return row["name"] + (" \\*" if row["note"] else "")
-
-
-def _right(row: Record, slot: str) -> str:
-    ours, dense = row["accuracy"].get(slot), row["dense_accuracy"].get(slot)
-    return "-" if ours is None or dense is None else f"{ours['right']}/{ours['of']} ({dense['right']})"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _decibels(value: float | str | None) -> str:
-    return f"{value} dB" if isinstance(value, float) else str(value)
-
-
-def _table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
-    lines = [[name for name, _ in columns], ["---"] * len(columns)]
-    lines += [[cell(row) for _, cell in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from itertools import permutations
 
 import torch
 
+from ...metrics import flicker, motion_ratio
 from ..evaluate import ObservedObject, judge, observe
 from ..world import ObjectWords, SceneWords
 from .journal import Record
@@ -78,6 +80,20 @@ def best_match(said: Sequence[ObjectWords], seen: Sequence[ObservedObject], slot
 def median_seconds(values: Sequence[float]) -> float:
     """Median, rounded to milliseconds; robust against the slow first call."""
     return round(statistics.median(values), 3)
+
+
+def decibels(value: float) -> float | str:
+    """PSNR as a JSON value; ``"bit-equal"`` stands for infinity, which JSON lacks."""
+    return "bit-equal" if math.isinf(value) else round(value, 2)
+
+
+def temporal(video: torch.Tensor, dense: torch.Tensor) -> Record:
+    """How much of the motion is kept, and how much flicker is added; nothing for images."""
+    if len(dense) == 1:
+        return {}
+    ratio = motion_ratio(video, dense)
+    moves = {} if math.isinf(ratio) else {"motion_ratio": round(ratio, 4)}
+    return {**moves, "flicker": round(flicker(video, dense), 5)}
 
 
 def _agree(said: ObjectWords, seen: ObservedObject, slot: str) -> bool:
