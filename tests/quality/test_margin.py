@@ -19,6 +19,15 @@ def test_quantiles_are_those_of_the_tables(probability: float, freedom: int, val
     assert student_quantile(probability, freedom) == pytest.approx(value, abs=2e-3)
 
 
+@pytest.mark.parametrize(("prompts", "factor"), [(3, 4.5), (4, 3.3), (8, 2.4)])
+def test_the_documented_factors_on_the_spread(prompts: int, factor: float) -> None:
+    assert round(student_quantile(0.97, prompts - 1) * math.sqrt(1 + 1 / prompts), 1) == factor
+
+
+def test_the_documented_chance_that_15_of_16_keep_the_target() -> None:
+    assert round(0.97**16 + 16 * 0.03 * 0.97**15, 2) == 0.92
+
+
 def test_the_bound_holds_for_new_draws_as_often_as_it_says() -> None:
     rng = random.Random(0)
     held = 0

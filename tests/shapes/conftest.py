@@ -24,6 +24,21 @@ INFO: dict[str, Any] = {
 IMAGE = {"motion": False, "frames": 1, "fps": None}
 
 
+def only(*names: str) -> list[str]:
+    """Options that choose rows of a table."""
+    return [part for name in names for part in ("--only", name)]
+
+
+class Stop(Exception):
+    """Stands for a machine that goes away."""
+
+
+class Calls(list[tuple[int, str]]):
+    """Prompt and way of every sample; the machine goes away at the one of number ``last``, if there is one."""
+
+    last: int | None = None
+
+
 def write_info(folder: Path, **changes: Any) -> Path:
     """Says in a pipeline's folder what it was trained on."""
     (folder / "shapes.json").write_text(json.dumps(INFO | changes))

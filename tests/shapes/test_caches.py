@@ -31,24 +31,11 @@ from dit_accel.shapes.caches.work import Work, held_bytes
 from dit_accel.shapes.report.sampling import Sample
 from dit_accel.shapes.world import parse_prompt
 
+from .conftest import Calls, Stop, only
 from .test_report import rendered
 
 DEVICE = ["--device", "cpu"]
 SOME = ("fbcache, threshold 0.05", "diffusers FirstBlockCache 0.05", "radial+dicache, threshold 0.08")
-
-
-def only(*names: str) -> list[str]:
-    return [part for name in names for part in ("--only", name)]
-
-
-class Stop(Exception):
-    """Stands for a machine that goes away."""
-
-
-class Calls(list[tuple[int, str]]):
-    """Prompt and way of every sample; the machine goes away at the one of number ``last``, if there is one."""
-
-    last: int | None = None
 
 
 @pytest.fixture
