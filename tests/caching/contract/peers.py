@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
+
+from torch import nn
 
 from .checks import Apply
 from .subjects import STEPS, Case
@@ -13,7 +16,7 @@ Config = Callable[[Case], Any]
 
 
 def diffusers_cache(config: Config) -> Apply:
-    """Puts one of diffusers' caches on every model of a case."""
+    """Puts one of diffusers' caches on every model of a case, and takes off all that it left there."""
 
     @contextmanager
     def apply(case: Case) -> Iterator[None]:
@@ -25,8 +28,17 @@ def diffusers_cache(config: Config) -> Apply:
         finally:
             for root in roots:
                 root.disable_cache()
+                _clear(root)
 
     return apply
+
+
+def _clear(root: nn.Module) -> None:
+    """Disabled, they leave a registry and a forward on modules, which the next user of the case would count."""
+    for module in root.modules():
+        vars(module).pop("_diffusers_hook", None)
+        left = vars(module).pop("forward", None)
+        assert left is None or left == MethodType(type(module).forward, module)
 
 
 def pyramid(case: Case) -> Any:
