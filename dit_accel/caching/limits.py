@@ -30,12 +30,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("warmup", "cooldown"):
-            value = getattr(self, name)
-            is_fraction = isinstance(value, float)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name} is a number of steps or a fraction of all; got {value!r}")
-            if not (0 <= value <= 1 if is_fraction else value >= 0):
-                raise ValueError(f"{name} counts steps from 0, or is a fraction in [0, 1]; got {value}")
+            check_steps(name, getattr(self, name))
         for name in ("max_consecutive", "max_total"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
@@ -68,12 +63,33 @@ class Limits:
         return self._count("warmup", steps)
 
     def _count(self, name: str, steps: int | None) -> int:
-        value = getattr(self, name)
-        if not isinstance(value, float):
-            return int(value)
-        if steps is None:
-            raise ValueError(
-                f"{name}={value} is a fraction, and nobody says how many steps there are; give an int, or call "
-                "clock.set_step(step, steps) before each call of the model"
-            )
-        return math.ceil(value * steps - 1e-9)
+        return count_steps(name, getattr(self, name), steps)
+
+
+def check_steps(name: str, value: int | float) -> None:
+    """Refuses what is neither a number of steps nor a fraction of all.
+
+    Raises:
+        ValueError: naming what there may be.
+    """
+    is_fraction = isinstance(value, float)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is a number of steps or a fraction of all; got {value!r}")
+    if not (0 <= value <= 1 if is_fraction else value >= 0):
+        raise ValueError(f"{name} counts steps from 0, or is a fraction in [0, 1]; got {value}")
+
+
+def count_steps(name: str, value: int | float, steps: int | None) -> int:
+    """How many steps a number or a fraction of ``steps`` is; fractions are rounded up.
+
+    Raises:
+        ValueError: if a fraction is given and nobody says how many steps there are.
+    """
+    if not isinstance(value, float):
+        return int(value)
+    if steps is None:
+        raise ValueError(
+            f"{name}={value} is a fraction, and nobody says how many steps there are; give an int, or call "
+            "clock.set_step(step, steps) before each call of the model"
+        )
+    return math.ceil(value * steps - 1e-9)

@@ -129,10 +129,10 @@ class _Follower:
 
     def _predicted(self, call: TracedCall) -> torch.Tensor:
         kept = [
-            Kept(Place(at, self._leader[at].sigma), value_of(self._leader[at], self._residual))
+            Kept(Place(at, self._leader[at].sigma, self._trace.steps), value_of(self._leader[at], self._residual))
             for at in self._history[: self._cache.predictor.depth]
         ]
-        value = self._cache.predictor.predict(kept, Place(call.step, call.sigma))
+        value = self._cache.predictor.predict(kept, Place(call.step, call.sigma, self._trace.steps))
         return output_of(value, call, self._residual)
 
     def _sight(self, call: TracedCall) -> Sight:

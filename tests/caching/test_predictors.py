@@ -354,11 +354,11 @@ def test_recipes_are_equal_by_their_settings():
     [
         (lambda: Taylor(0), "1, 2, 3 or 4"),
         (lambda: Taylor(True), "1, 2, 3 or 4"),
-        (lambda: Taylor(1, text("time")), '"step" or "sigma"'),
+        (lambda: Taylor(1, text("time")), '"step", "sigma" or "log_snr"'),
         (lambda: Taylor(form=text("lagrange")), '"newton" or "taylorseer"'),
         (lambda: Taylor(kappa=0), "positive"),
         (lambda: Clipped(Reuse(), -1), "positive"),
-        (lambda: Heun(text("time")), '"step" or "sigma"'),
+        (lambda: Heun(text("time")), '"step", "sigma" or "log_snr"'),
         (lambda: DMD(3), "from 4 to 12"),
         (lambda: DMD(6, 1.0), r"in \(0, 1\)"),
         (lambda: AdaptiveLinear(2.0, 1.0), "lowest <= highest"),

@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "magcache": {"ratios": (1.0, *([0.99] * (STEPS - 1))), "max_skips": 99},
     "prune": {"front": 0, "dynamic": True},
     "seacache": {},
+    "snr_gap": {},
     "teacache": LINEAR,
 }
 

@@ -8,6 +8,7 @@ from .polynomial import Polynomial
 from .probe import ProbeDiff
 from .prune import UnitDiff
 from .scm import SCM_MASKS, ScmMask, scm_mask
+from .snr import SnrGap
 from .spectral import Spectral
 from .static import Interval, Shrinking, Static
 from .transform import Transform
@@ -29,6 +30,7 @@ __all__ = [
     "ScmMask",
     "Shrinking",
     "Sight",
+    "SnrGap",
     "Spectral",
     "Static",
     "Transform",

@@ -6,6 +6,7 @@ from .dmd import DMD
 from .heun import Heun
 from .linear import AdaptiveLinear
 from .reuse import Reuse
+from .settled import Settled
 from .taylor import Taylor
 
-__all__ = ["DMD", "AdaptiveLinear", "Clipped", "Heun", "Kept", "Place", "Predictor", "Reuse", "Taylor"]
+__all__ = ["DMD", "AdaptiveLinear", "Clipped", "Heun", "Kept", "Place", "Predictor", "Reuse", "Settled", "Taylor"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import Kept, Place, Predictor
 from .clip import USUAL_KAPPA, check_kappa, clip
-from .taylor import Along, Taylor, combine, coordinate, distinct_places
+from .taylor import Along, Taylor, check_along, combine, coordinate, distinct_places
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Heun(Predictor):
     of computed values, and nothing is kept but those.
 
     Attributes:
-        along: what gaps are measured in, the index of the step or its noise level.
+        along: what gaps are measured in, as in :class:`~dit_accel.caching.predictors.taylor.Taylor`.
         kappa: bound on the change of each token (:class:`~dit_accel.caching.predictors.clip.Clipped`); None for none.
 
     Raises:
@@ -46,8 +46,7 @@ class Heun(Predictor):
     depth = 3
 
     def __post_init__(self) -> None:
-        if self.along not in ("step", "sigma"):
-            raise ValueError(f'along is "step" or "sigma"; got {self.along!r}')
+        check_along(self.along)
         check_kappa(self.kappa)
 
     def predict(self, kept: Sequence[Kept], place: Place, probe: Tensor | None = None) -> Tensor:

@@ -8,11 +8,13 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..snr import half_log_snr
 from .base import Kept, Place, Predictor
 from .clip import USUAL_KAPPA, check_kappa, clip, widened
 from .reuse import Reuse
 
-Along = Literal["step", "sigma"]
+Along = Literal["step", "sigma", "log_snr"]
+ALONG: tuple[Along, ...] = ("step", "sigma", "log_snr")
 Form = Literal["newton", "taylorseer"]
 
 #: Values closer to each other than this share of the distance to bridge count as one place: their difference is noise.
@@ -36,7 +38,8 @@ class Taylor(Predictor):
 
     Attributes:
         order: degree, from 1 to 4; fewer kept values give a lower one.
-        along: what the gaps are measured in, the index of the step or its noise level.
+        along: what the gaps are measured in: the index of the step, its noise level, or ``log((1 - sigma) / sigma)``
+            of the noise levels of flow matching.
         form: see above.
         kappa: bound on the change of each token (:class:`~dit_accel.caching.predictors.clip.Clipped`); None for none.
 
@@ -52,8 +55,7 @@ class Taylor(Predictor):
     def __post_init__(self) -> None:
         if isinstance(self.order, bool) or self.order not in (1, 2, 3, 4):
             raise ValueError(f"order is 1, 2, 3 or 4, or take Reuse() for 0; got {self.order!r}")
-        if self.along not in ("step", "sigma"):
-            raise ValueError(f'along is "step" or "sigma"; got {self.along!r}')
+        check_along(self.along)
         if self.form not in ("newton", "taylorseer"):
             raise ValueError(f'form is "newton" or "taylorseer"; got {self.form!r}')
         check_kappa(self.kappa)
@@ -75,13 +77,23 @@ class Taylor(Predictor):
         return Taylor(self.order - 1, self.along, self.form, self.kappa) if self.order > 1 else Reuse()
 
 
+def check_along(along: str) -> None:
+    """Refuses an axis that is none.
+
+    Raises:
+        ValueError: naming those there are.
+    """
+    if along not in ALONG:
+        raise ValueError(f'along is "step", "sigma" or "log_snr"; got {along!r}')
+
+
 def coordinate(place: Place, along: Along) -> float:
     """Where a step lies on the axis that gaps are measured on."""
     if along == "step":
         return float(place.step)
     if place.sigma is None:
         raise ValueError('the scheduler lists no noise level for a step; predict along="step" instead')
-    return place.sigma
+    return half_log_snr(place.sigma) if along == "log_snr" else place.sigma
 
 
 def distinct_places(times: Sequence[float], at: float) -> list[int]:

@@ -15,6 +15,7 @@ from .magcache import magcache
 from .modules import fastercache, fora, pab, taylorseer
 from .profiling import profiling
 from .seacache import seacache
+from .snr_gap import snr_gap
 from .static import static
 from .taylor_lite import taylorseer_lite
 from .teacache import teacache
@@ -35,6 +36,7 @@ PRESETS: dict[str, Preset] = {
     "profiling": profiling,
     "prune": prune,
     "seacache": seacache,
+    "snr_gap": snr_gap,
     "static": static,
     "taylorseer": taylorseer,
     "taylorseer_lite": taylorseer_lite,

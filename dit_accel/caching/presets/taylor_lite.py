@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..limits import Limits
 from ..policies.static import Interval
-from ..predictors.taylor import Taylor
+from ..predictors.taylor import Along, Taylor
 from ..recipe import Cache
 from ..scopes.base import Scope
 from ..scopes.blocks import Whole
@@ -19,7 +19,7 @@ def taylorseer_lite(
     order: int = 1,
     first_enhance: int = 3,
     keep: Literal["residual", "output"] = "residual",
-    along: Literal["step", "sigma"] = "step",
+    along: Along = "step",
     kappa: float | None = None,
 ) -> Cache:
     """The first steps are computed, then one in ``interval``; the others are extrapolated by the paper's formula.
@@ -30,7 +30,8 @@ def taylorseer_lite(
         first_enhance: first steps that are all computed, at least 1.
         keep: ``"residual"``: what all blocks add; ``"output"``: what the model gives, far smaller, and then nothing of
             the model runs.
-        along: what gaps are measured in, the index of the step, as the paper does, or its noise level.
+        along: what gaps are measured in: ``"step"``, its index, as the paper does; ``"sigma"``, its noise level; or
+            ``"log_snr"`` (:class:`~dit_accel.caching.predictors.taylor.Taylor`).
         kappa: bound on the change of each token (:class:`~dit_accel.caching.predictors.clip.Clipped`); None for none,
             as in the paper.
 

@@ -151,6 +151,8 @@ CURVES: tuple[Row, ...] = (
     ("easycache", "threshold", (0.025, 0.05, 0.1, 0.2), {"warmup": 5}),
     ("dicache", "threshold", (0.02, 0.05, 0.08, 0.15, 0.3), {}),
     ("seacache", "threshold", (0.1, 0.15, 0.25, 0.4), {}),
+    ("snr_gap", "threshold", (1.2, 1.4, 1.7, 1.9, 2.2, 2.6), {}),
+    ("snr_gap", "threshold", (2.2, 2.6, 3.0, 3.6, 4.2), {"order": 0}),
     ("taylorseer", "interval", (2, 3, 4, 6), {"order": 1}),
     ("taylorseer_lite", "interval", (2, 3, 4, 5, 6), {}),
     ("taylorseer_lite", "interval", (2, 3, 4, 5, 6), {"along": "sigma"}),
@@ -173,6 +175,8 @@ SPARSE: dict[str, Options] = {  # as the table of methods has them at equal dens
 BESIDE: tuple[Row, ...] = (
     ("easycache", "threshold", (0.05, 0.1, 0.2), {"warmup": 5}),
     ("taylorseer_lite", "interval", (3, 4, 5), {"keep": "output"}),
+    ("snr_gap", "threshold", (1.4, 1.9, 2.2, 2.6), {}),
+    ("snr_gap", "threshold", (2.6, 3.6), {"order": 0}),
     ("dicache", "threshold", (0.08, 0.15), {}),
 )
 

@@ -130,7 +130,7 @@ def peers() -> list[Contender]:
         name = f"diffusers MagCache {threshold:g}, K {most}"
         settings = {"threshold": threshold, "max_skip_steps": most}
         found.append(MagCachePeer(name, PEERS, "diffusers MagCache", settings))
-    for interval in (2, 3, 4, 5, 6):
+    for interval in (2, 3, 4, 5, 6, 7, 8, 10):
         every = {"cache_interval": interval}
         modules: Options = {"cache_identifiers": list(ATTENTION_AND_MLP)}
         for curve, settings in (
