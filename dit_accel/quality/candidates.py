@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..caching.policies.snr import SnrGap
+from ..caching.presets.snr_gap import PACE
 from .errors import StepErrors
 from .replay import Replay, replay, schedule_errors
 from .search import Cost, History, Rules, best_schedules, bisect_threshold
@@ -13,8 +15,10 @@ from .spec import CacheSpec
 from .trace import Trace
 
 MAX_GAP = 7  # steps from one computed step to the next, at most; longer gaps are beyond what traces predict
-KINDS = ("listed steps", "EasyCache", "whole, reuse", "whole, line over steps")
+KINDS = ("listed steps", "EasyCache", "steps by noise", "whole, reuse", "whole, line over steps")
 """What there is to try. Kinds of scope ``Whole`` are judged by real runs alone: traces hold no residuals."""
+_BY_NOISE = (1.0, 1.2, 1.4, 1.7, 1.9, 2.2, 2.6, 3.0, 3.6, 4.2)  # thresholds of SnrGap
+_LINES = 3.0  # below which lines are drawn between its steps
 _SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.16)  # computed steps, for dynamic policies
 
 
@@ -119,6 +123,8 @@ class Prospects:
         found = [static] if static.name in kinds else []
         if "EasyCache" in kinds:
             found.append(self.dynamic(self._best_variant(static)))
+        if "steps by noise" in kinds:
+            found.append(self.by_noise())
         for kind in kinds:
             scope, _, predictor = kind.partition(", ")
             if scope == "whole":  # what blocks add follows the output they make, so the same steps matter
@@ -167,6 +173,20 @@ class Prospects:
                 found[tuple(each.computed for each in together.replays)] = self._rung(together)
         return Ladder("EasyCache", tuple(sorted(found.values(), key=lambda rung: -rung.share)))
 
+    def by_noise(self) -> Ladder:
+        """Steps of the preset ``snr_gap`` at some thresholds; none without noise levels of flow matching."""
+        levels = [self.traces[0].at_step(step)[0].sigma for step in range(self.steps)]
+        known = [level for level in levels if level is not None and level <= 1]
+        found: dict[int, Rung] = {}
+        for threshold in _BY_NOISE if len(known) == self.steps else ():
+            steps = tuple(sorted({*SnrGap(threshold, PACE).computed_steps(known), *self.rules.fresh}))
+            predictor = "settled line over steps" if threshold < _LINES else "reuse"
+            spec = CacheSpec(self.steps, "output", predictor, steps)
+            if len(steps) < self.steps:
+                errors = [self.predicted(self.relative_errors(spec, number)) for number in range(len(self.traces))]
+                found.setdefault(len(steps), Rung(spec, len(steps) / self.steps, max(errors)))
+        return Ladder("steps by noise", tuple(found[count] for count in sorted(found, reverse=True)))
+
     def _rung(self, together: _Together) -> Rung:
         predicted = max(
             self.predicted([error / (trace.extent or 1.0) for error in each.errors])
@@ -176,7 +196,8 @@ class Prospects:
 
     def _variants(self) -> list[Variant]:
         has_noise = all(call.sigma is not None for trace in self.traces for call in trace.calls)
-        predictors = ["reuse", "line over steps", *(["line over noise"] if has_noise else [])]
+        predictors = ["reuse", "line over steps", "settled line over steps"]
+        predictors += ["line over noise"] if has_noise else []
         found = []
         for scope in ("output", "output - latents"):
             for predictor in predictors:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..caching.engine.keeper import latents_like
 from ..caching.predictors.base import Kept, Place, Predictor
 from ..caching.predictors.reuse import Reuse
+from ..caching.predictors.settled import Settled
 from ..caching.predictors.taylor import Taylor
 from .search import History
 from .trace import Trace, TracedCall
@@ -35,6 +36,8 @@ def is_linear(predictor: Predictor) -> bool:
 
     Lines are, even bounded: all tokens then change by the same multiple of the change before.
     """
+    if type(predictor) is Settled:
+        return is_linear(predictor.predictor)
     return type(predictor) is Reuse or (
         type(predictor) is Taylor and (predictor.order == 1 or predictor.kappa is None)
     )

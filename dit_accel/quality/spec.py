@@ -12,14 +12,16 @@ from ..caching.policies.static import Static
 from ..caching.policies.transform import Transform
 from ..caching.predictors.base import Predictor
 from ..caching.predictors.reuse import Reuse
+from ..caching.predictors.settled import Settled
 from ..caching.predictors.taylor import Taylor
+from ..caching.presets.snr_gap import SETTLE
 from ..caching.recipe import Cache
 from ..caching.scopes.base import Scope
 from ..caching.scopes.blocks import Whole
 from ..caching.scopes.output import Output
 
 _SCOPES = ("output", "output - latents", "whole")
-_PREDICTORS = ("reuse", "line over steps", "line over noise")
+_PREDICTORS = ("reuse", "line over steps", "line over noise", "settled line over steps")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class CacheSpec:
         steps: number of sampling steps it is for.
         scope: ``"output"``, ``"output - latents"`` (the scope ``Output`` without and with ``residual``) or
             ``"whole"``.
-        predictor: ``"reuse"``, ``"line over steps"`` or ``"line over noise"`` (``Taylor`` of order 1).
+        predictor: ``"reuse"``, ``"line over steps"`` or ``"line over noise"`` (``Taylor`` of order 1), or
+            ``"settled line over steps"``, which is drawn through no step of the first 4 % (``Settled``).
         computed: steps that are computed; None for a policy that decides while it runs.
         threshold: of that policy (``Transform``, the rule of EasyCache); None for listed steps.
         warmup: first steps that such a policy computes.
@@ -66,6 +69,8 @@ class CacheSpec:
         """Its predictor."""
         if self.predictor == "reuse":
             return Reuse()
+        if self.predictor == "settled line over steps":
+            return Settled(Taylor(1), SETTLE)
         return Taylor(1, along="step" if self.predictor == "line over steps" else "sigma")
 
     @property

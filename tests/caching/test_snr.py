@@ -20,7 +20,7 @@ from dit_accel.caching import Cache
 from dit_accel.caching.policies import Interval, Judge, SnrGap
 from dit_accel.caching.predictors import Kept, Place, Reuse, Settled, Taylor
 from dit_accel.caching.predictors.taylor import Along
-from dit_accel.caching.presets.snr_gap import snr_gap
+from dit_accel.caching.presets.snr_gap import PACE, snr_gap
 from dit_accel.caching.snr import half_log_snr
 from dit_accel.shapes import path
 
@@ -61,6 +61,7 @@ def test_steps_are_computed_where_noise_fell_enough(
     levels, forced = flow_levels(steps, shift), forced_steps(seed, steps) - {0}
     found = decisions(SnrGap(threshold, pace).judge(UNIT, steps), sights(steps, sigma=levels), forced)
     assert [step for step, computes in enumerate(found) if computes] == computed_steps(levels, threshold, pace, forced)
+    assert list(SnrGap(threshold, pace).computed_steps(levels)) == computed_steps(levels, threshold, pace)
 
 
 def test_noise_that_is_added_has_no_pure_noise() -> None:
@@ -93,11 +94,10 @@ def test_what_the_docs_say_of_50_steps() -> None:
     """The counts in the docstring of the preset, and the list in the docs."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=12.0)
     scheduler.set_timesteps(50)
-    seen = sights(50, sigma=[float(level) for level in scheduler.sigmas[:50]])
+    levels = [float(level) for level in scheduler.sigmas[:50]]
 
     def computed(threshold: float) -> list[int]:
-        found = decisions(snr_gap(threshold=threshold).policy.judge(UNIT, 50), seen, frozenset())
-        return [step for step, computes in enumerate(found) if computes]
+        return list(SnrGap(threshold, PACE).computed_steps(levels))
 
     assert [len(computed(threshold)) for threshold in (1.4, 1.7, 2.2, 2.6, 3.6)] == [15, 13, 10, 9, 7]
     assert computed(2.2) == [0, 3, 8, 14, 20, 26, 32, 38, 44, 48]

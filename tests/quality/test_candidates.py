@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from dit_accel.caching.policies import SnrGap
+from dit_accel.caching.presets.snr_gap import PACE
 from dit_accel.quality.candidates import KINDS, Prospects
-from dit_accel.quality.replay import replay
+from dit_accel.quality.errors import StepErrors
+from dit_accel.quality.replay import replay, schedule_errors
 from dit_accel.quality.trace import WIDE, trace_dtype
 
 from .toys import affine_trace, two_experts
@@ -47,16 +52,43 @@ def test_dynamic_rungs_decide_differently_and_share_what_they_say() -> None:
     assert len(rungs) >= 3 and len(set(decisions)) == len(decisions)
 
 
+def test_steps_by_noise_are_those_of_the_preset() -> None:
+    prospects = Prospects(TRACES)
+    levels = [TRACES[0].at_step(step)[0].sigma or 0.0 for step in range(16)]
+    rungs = prospects.by_noise().rungs
+    assert len(rungs) >= 4
+    lists = {SnrGap(threshold, PACE).computed_steps(levels) for threshold in (1.4, 2.2, 3.6)}
+    assert lists <= {rung.spec.computed for rung in rungs}
+    for rung in rungs:
+        computed, predictor = rung.spec.computed, rung.spec.predict()
+        assert computed is not None and rung.spec.scope == "output"
+        assert rung.spec.predictor in ("reuse", "settled line over steps")
+        plain = [schedule_errors(computed, trace, StepErrors(trace, predictor, False)) for trace in TRACES]
+        sums = [sum(errors) / trace.extent for errors, trace in zip(plain, TRACES, strict=True)]
+        assert rung.predicted == pytest.approx(max(sums))
+
+
+def test_without_noise_levels_of_flow_matching_there_are_no_steps_by_noise() -> None:
+    for levels in ([None] * 16, [8.0 - step / 2 for step in range(16)]):
+        traces = [
+            replace(trace, calls=tuple(replace(call, sigma=levels[call.step]) for call in trace.calls))
+            for trace in TRACES
+        ]
+        prospects = Prospects(traces)
+        assert prospects.by_noise().rungs == ()
+        assert "steps by noise" not in {ladder.name for ladder in prospects.ladders()}
+
+
 def test_another_expert_is_computed_first() -> None:
     prospects = Prospects([two_experts(trace, 6) for trace in TRACES])
-    for ladder in prospects.ladders(("listed steps", "whole, reuse")):
+    for ladder in prospects.ladders(("listed steps", "steps by noise", "whole, reuse")):
         assert all(rung.spec.computed is not None and {0, 6} <= set(rung.spec.computed) for rung in ladder.rungs)
 
 
 def test_whole_models_follow_outputs_of_the_same_predictor() -> None:
     prospects = Prospects(TRACES)
-    ladders = {ladder.name: ladder.rungs for ladder in prospects.ladders(KINDS[2:])}
-    assert set(ladders) == set(KINDS[2:])
+    ladders = {ladder.name: ladder.rungs for ladder in prospects.ladders(KINDS[3:])}
+    assert set(ladders) == set(KINDS[3:])
     for kind, rungs in ladders.items():
         assert all(rung.spec.scope == "whole" and kind.endswith(rung.spec.predictor) for rung in rungs)
 

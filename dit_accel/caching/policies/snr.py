@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..snr import half_log_snr, is_pure_noise
@@ -13,6 +15,8 @@ from ..unit import Unit
 from .base import Judge, Moment, Policy, Sight
 from .measure import check_threshold
 from .threshold import ThresholdJudge
+
+_UNIT = Unit("output", "output")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,23 @@ class SnrGap(Policy):
             )
         level = half_log_snr(sight.sigma, self.flow)
         return None if is_pure_noise(sight.sigma, self.flow) else level
+
+    def computed_steps(self, levels: Sequence[float]) -> tuple[int, ...]:
+        """The steps of a generation that are computed.
+
+        Args:
+            levels: noise level of every step, as the scheduler lists them.
+        """
+        judge = self.judge(_UNIT, len(levels))
+        found: list[int] = []
+        for step, sigma in enumerate(levels):
+            before = found[-1] if found else None
+            sight = Sight(step, len(levels), "", "", _UNIT, sigma, None, torch.empty(0), None, before)
+            computes = not found or judge.wants_compute(sight)
+            judge.note(sight, computes, None)
+            if computes:
+                found.append(step)
+        return tuple(found)
 
 
 class _SnrGapJudge(ThresholdJudge):

@@ -12,6 +12,7 @@ from ..recipe import Cache
 from ..scopes.output import Output
 
 PACE = 15.0  # a whole generation, in units of lambda, which itself changes by about 9
+SETTLE = 0.04  # part of the generation whose outputs turn too sharply for lines
 
 
 def snr_gap(
@@ -19,7 +20,7 @@ def snr_gap(
     threshold: float = 2.2,
     order: int = 1,
     pace: float = PACE,
-    settle: int | float = 0.04,
+    settle: int | float = SETTLE,
     along: Along = "step",
     cooldown: int | float = 0,
 ) -> Cache:
