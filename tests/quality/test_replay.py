@@ -12,6 +12,7 @@ from dit_accel.caching.policies.static import Static
 from dit_accel.caching.policies.transform import Transform
 from dit_accel.caching.predictors.base import Predictor
 from dit_accel.caching.predictors.reuse import Reuse
+from dit_accel.caching.predictors.settled import Settled
 from dit_accel.caching.predictors.taylor import Taylor
 from dit_accel.caching.recipe import Cache
 from dit_accel.caching.scopes.blocks import Whole
@@ -44,7 +45,16 @@ def test_errors_of_reuse_are_those_of_the_definition(residual: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "predictor", [Reuse(), Taylor(1), Taylor(1, along="sigma"), Taylor(1, kappa=0.7), Taylor(2, kappa=None)]
+    "predictor",
+    [
+        Reuse(),
+        Taylor(1),
+        Taylor(1, along="sigma"),
+        Taylor(1, along="log_snr"),
+        Taylor(1, kappa=0.7),
+        Taylor(2, kappa=None),
+        Settled(Taylor(1), 0.25),
+    ],
 )
 @pytest.mark.parametrize("residual", [False, True])
 def test_products_give_what_tensors_give(predictor: Predictor, residual: bool) -> None:
@@ -57,7 +67,7 @@ def test_products_give_what_tensors_give(predictor: Predictor, residual: bool) -
 
 def test_rules_that_are_not_linear_go_by_the_tensors() -> None:
     bounded = Taylor(2, kappa=0.5)
-    assert not is_linear(bounded)
+    assert not is_linear(bounded) and not is_linear(Settled(bounded))
     errors = StepErrors(affine_trace(9), bounded, False)
     assert errors((4, 2, 1), 8) == errors.plain((4, 2, 1), 8) > 0
 
