@@ -34,7 +34,8 @@ def snr_gap(
 
     Args:
         threshold: distance of computed steps; larger reuses more. Of 50 steps with a shift of 12, thresholds of 1.4,
-            1.7, 2.2, 2.6 and 3.6 compute 15, 13, 10, 9 and 7. From 3 on take ``order=0``.
+            1.7, 2.2, 2.6 and 3.6 compute 15, 13, 10, 9 and 7. From 3 on lines overshoot; there single generations may
+            differ from dense altogether, less often with ``order=0``.
         order: of the extrapolation, 1; 0 reuses the latest output, which is safer where few steps are computed.
         pace: what a whole generation counts; more makes gaps more even.
         settle: first steps whose outputs no line is drawn through; an int counts, a float is a fraction of all.
