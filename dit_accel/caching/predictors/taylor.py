@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -14,7 +14,6 @@ from .clip import USUAL_KAPPA, check_kappa, clip, widened
 from .reuse import Reuse
 
 Along = Literal["step", "sigma", "log_snr"]
-ALONG: tuple[Along, ...] = ("step", "sigma", "log_snr")
 Form = Literal["newton", "taylorseer"]
 
 #: Values closer to each other than this share of the distance to bridge count as one place: their difference is noise.
@@ -83,7 +82,7 @@ def check_along(along: str) -> None:
     Raises:
         ValueError: naming those there are.
     """
-    if along not in ALONG:
+    if along not in get_args(Along):
         raise ValueError(f'along is "step", "sigma" or "log_snr"; got {along!r}')
 
 

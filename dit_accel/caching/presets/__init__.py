@@ -1,4 +1,4 @@
-"""The caches of the papers: each is a function that returns a :class:`dit_accel.caching.recipe.Cache`, or several.
+"""The caches of the papers, and one of our own: functions that return a recipe (``Cache``), or several.
 
 All settings are keywords. One whose settings depend on the model takes it as ``root``.
 """

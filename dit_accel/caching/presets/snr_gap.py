@@ -11,7 +11,7 @@ from ..predictors.taylor import Along, Taylor
 from ..recipe import Cache
 from ..scopes.output import Output
 
-PACE = 15.0  # a whole generation, in units of lambda, which itself changes by about 9
+PACE = 15.0  # a whole generation, in units of lambda, which itself changes by about 8.5 in 50 steps
 SETTLE = 0.04  # part of the generation whose outputs turn too sharply for lines
 
 
@@ -34,9 +34,9 @@ def snr_gap(
 
     Args:
         threshold: distance of computed steps; larger reuses more. Of 50 steps with a shift of 12, thresholds of 1.4,
-            1.7, 2.2, 2.6 and 3.6 compute 15, 13, 10, 9 and 7. From 3 on lines overshoot; there single generations may
-            differ from dense altogether, less often with ``order=0``.
-        order: of the extrapolation, 1; 0 reuses the latest output, which is safer where few steps are computed.
+            1.7, 2.2, 2.6 and 3.6 compute 15, 13, 10, 9 and 7. At large thresholds single generations may differ from
+            dense altogether.
+        order: of the extrapolation, 1; 0 reuses the latest output.
         pace: what a whole generation counts; more makes gaps more even.
         settle: first steps whose outputs no line is drawn through; an int counts, a float is a fraction of all.
         along: what gaps of lines are measured in (:class:`~dit_accel.caching.predictors.taylor.Taylor`).
