@@ -181,7 +181,7 @@ class Acceleration:
             if not modules:
                 raise ValueError(_no_sites(self.processor, root, installed))
             heads = installed.heads_of(kinds)
-            self.processor.check_budgets({site: count for site, (count, _) in heads.items()})
+            self.processor.check_schedule({site: count for site, (count, _) in heads.items()})
             self.processor.check_sites(heads)
             for site, module in modules.items():
                 if not isinstance(self.processor, AutoAttnProcessor):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .layout import TokenLayout
+from .noise import Level, read_levels
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class StepClock:
         self._schedule: torch.Tensor | None = None
         self._indices: torch.Tensor | None = None
         self._levels_of: torch.Tensor | None = None  # the list of timesteps that _levels was read from
-        self._levels: tuple[list[float], list[float]] = ([], [])
+        self._levels: list[Level] = []
         self._restart()
         self.state: StepState | None = None
 
@@ -117,18 +118,17 @@ class StepClock:
         said = getattr(pipeline, "do_classifier_free_guidance", None)
         return said if isinstance(said, bool) else None
 
-    def level(self, step: int) -> tuple[float | None, float | None]:
-        """Timestep and noise level (sigma) of a step as the scheduler lists them, None for what it does not list.
+    def level(self, step: int) -> Level:
+        """Timestep and noise level of a step as the scheduler has them, None for what it does not say.
 
         Reads the scheduler's lists once per generation; tensors on a device are waited for then.
         """
         scheduler = self._scheduler()
-        timesteps, sigmas = (getattr(scheduler, name, None) for name in ("timesteps", "sigmas"))
+        timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not self._levels_of:
             self._levels_of = timesteps
-            self._levels = (_numbers(timesteps), _numbers(sigmas))
-        first, second = (row[step] if step < len(row) else None for row in self._levels)
-        return first, second
+            self._levels = read_levels(scheduler)
+        return self._levels[step] if step < len(self._levels) else Level(None, None)
 
     def _restart(self) -> None:
         self._generation += 1
@@ -182,13 +182,6 @@ class StepClock:
         if self._indices is None:
             self._indices = schedule.detach().float().cpu()
         return int((self._indices - _value(timestep)).abs().argmin())
-
-
-def _numbers(values: Any) -> list[float]:
-    """What a scheduler lists by step, as numbers; an empty list for None or what is no list of numbers."""
-    if values is None:
-        return []
-    return [float(value) for value in torch.as_tensor(values).flatten().tolist()]
 
 
 def _value(timestep: torch.Tensor | float | None) -> float:

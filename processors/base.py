@@ -134,7 +134,7 @@ class SparseAttnProcessor(ABC):
         own = {name: value for name, value in self.settings().items() if name not in _SCHEDULE_SETTINGS}
         return type(self)(**own, schedule=replace(self.schedule, step_budget=pairs))
 
-    def check_budgets(self, heads: Mapping[SiteInfo, int]) -> None:
+    def check_schedule(self, heads: Mapping[SiteInfo, int]) -> None:
         """Refuses a schedule that names layers or heads which a model does not have.
 
         Args:
@@ -144,10 +144,15 @@ class SparseAttnProcessor(ABC):
             ValueError: if it does.
         """
         layers = max((site.layers for site in heads), default=0)
-        for name in ("layer_budget", "head_budget"):
-            unknown = [layer for layer in dict(getattr(self.schedule, name)) if layer >= layers]
+        named: dict[str, Collection[int]] = {
+            name: dict(getattr(self.schedule, name)) for name in ("layer_budget", "head_budget")
+        }
+        if isinstance(self.schedule.dense_layers, Collection):
+            named["dense_layers"] = self.schedule.dense_layers
+        for name, listed in named.items():
+            unknown = [layer for layer in listed if layer >= layers]
             if unknown:
-                raise ValueError(f"{name} names layer {unknown[0]}; this model has layers 0 to {layers - 1}")
+                raise ValueError(f"{name} names layer {min(unknown)}; this model has layers 0 to {layers - 1}")
         for site, count in heads.items():
             factors = self.head_factors(site)
             if factors is not None and len(factors) != count:

@@ -187,10 +187,15 @@ def given_settings(options: argparse.Namespace, given: list[Option]) -> dict[str
     return {name: None if value is NONE else value for name, value in values.items()}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares all of them: what all methods have, what several have, and a group for each method."""
+def add_arguments(parser: argparse.ArgumentParser, usual: str = "radial; beside a feature cache, dense") -> None:
+    """Declares all of them: what all methods have, what several have, and a group for each method.
+
+    Args:
+        parser: of a command.
+        usual: what the help says of attention that is not named.
+    """
     common = parser.add_argument_group("attention")
-    common.add_argument("--attention", choices=CHOICES, help="(default: radial; beside a feature cache, dense)")
+    common.add_argument("--attention", choices=CHOICES, help=f"(default: {usual})")
     common.add_argument(
         "--preset", metavar="NAME", help="published settings: a name, none, or auto, those for the model (default)"
     )

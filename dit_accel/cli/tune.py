@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import method_options
 from .errors import EnvironmentProblem, UsageError, one_line
 from .render import add_machine_arguments, add_sampling_arguments, dense_options
 from .values import real
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     margin.add_argument("--even-few-steps", action="store_true", help="tune few-step models too")
     add_sampling_arguments(parser.add_argument_group("sampling (defaults: the model's own)"), seed="0")
+    method_options.add_arguments(parser, usual="dense; sparse attention counts as part of what is compared with dense")
     add_machine_arguments(parser.add_argument_group("machine"))
 
 
@@ -117,8 +119,11 @@ def _as_rendering(options: argparse.Namespace, prompt: str) -> argparse.Namespac
         "dtype",
         "device",
         "threads",
+        "preset",
+        *(each.name for each in method_options.all_options()),
     )
-    return dense_options(prompt, **{name: getattr(options, name) for name in names}, seed=options.seed or 0)
+    given = {name: getattr(options, name) for name in names}
+    return dense_options(prompt, **given, attention=options.attention or "dense", seed=options.seed or 0)
 
 
 def _prompts(options: argparse.Namespace, model: Model) -> tuple[list[str], list[str]]:
@@ -205,10 +210,18 @@ def _tune(
             coverage=None if options.worst_only else options.coverage,
             min_speed_up=options.min_speed_up,
             force=options.even_few_steps,
+            beside=_beside(settings),
             tell=_tell,
             **wanted,
             **call,
         )
+
+
+def _beside(settings: Settings) -> dict[str, Any] | None:
+    """The attention that runs with the cache, as arguments of ``accelerate()``; None for dense."""
+    if settings.attention == "dense":
+        return None
+    return {"attention": settings.attention, "preset": settings.preset, **settings.method}
 
 
 def _write(profile: Profile, out: Path) -> None:

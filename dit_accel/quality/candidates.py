@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ..caching.policies.snr import SnrGap
 from ..caching.presets.snr_gap import PACE
+from ..noise import Level
 from .errors import StepErrors
 from .replay import Replay, replay, schedule_errors
 from .search import Cost, History, Rules, best_schedules, bisect_threshold
@@ -174,12 +175,12 @@ class Prospects:
         return Ladder("EasyCache", tuple(sorted(found.values(), key=lambda rung: -rung.share)))
 
     def by_noise(self) -> Ladder:
-        """Steps of the preset ``snr_gap`` at some thresholds; none without noise levels of flow matching."""
-        levels = [self.traces[0].at_step(step)[0].sigma for step in range(self.steps)]
-        known = [level for level in levels if level is not None and level <= 1]
+        """Steps of the preset ``snr_gap`` at some thresholds; none without noise levels."""
+        calls = [self.traces[0].at_step(step)[0] for step in range(self.steps)]
+        levels = [Level(call.timestep, call.sigma, call.flow) for call in calls if call.sigma is not None]
         found: dict[int, Rung] = {}
-        for threshold in _BY_NOISE if len(known) == self.steps else ():
-            steps = tuple(sorted({*SnrGap(threshold, PACE).computed_steps(known), *self.rules.fresh}))
+        for threshold in _BY_NOISE if len(levels) == self.steps else ():
+            steps = tuple(sorted({*SnrGap(threshold, PACE).computed_steps(levels), *self.rules.fresh}))
             predictor = "settled line over steps" if threshold < _LINES else "reuse"
             spec = CacheSpec(self.steps, "output", predictor, steps)
             if len(steps) < self.steps:

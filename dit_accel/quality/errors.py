@@ -81,7 +81,7 @@ class StepErrors:
     def __init__(self, trace: Trace, predictor: Predictor, residual: bool) -> None:
         self._trace, self.predictor, self._residual = trace, predictor, residual
         self._calls = _by_branch(trace)
-        self._places = {call.step: Place(call.step, call.sigma, trace.steps) for call in trace.calls}
+        self._places = {call.step: call.place(trace.steps) for call in trace.calls}
         self._products: dict[tuple[str, str], Tensor] = {}
         if is_linear(predictor):
             self._products = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..caching.policies.base import Judge, Moment, Sight
-from ..caching.predictors.base import Kept, Place
+from ..caching.predictors.base import Kept
 from ..caching.recipe import Cache
 from ..caching.scopes.output import Output
 from ..caching.unit import Unit
@@ -129,10 +129,10 @@ class _Follower:
 
     def _predicted(self, call: TracedCall) -> torch.Tensor:
         kept = [
-            Kept(Place(at, self._leader[at].sigma, self._trace.steps), value_of(self._leader[at], self._residual))
+            Kept(self._leader[at].place(self._trace.steps), value_of(self._leader[at], self._residual))
             for at in self._history[: self._cache.predictor.depth]
         ]
-        value = self._cache.predictor.predict(kept, Place(call.step, call.sigma, self._trace.steps))
+        value = self._cache.predictor.predict(kept, call.place(self._trace.steps))
         return output_of(value, call, self._residual)
 
     def _sight(self, call: TracedCall) -> Sight:
@@ -148,4 +148,5 @@ class _Follower:
             signal=None,
             computed_step=self._history[0] if self._history else None,
             grid=self._trace.grid,
+            flow=call.flow,
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..acceleration import Acceleration
+from ..caching.predictors.base import Place
 from ..roots import find_roots
 
 WIDE = 1 << 30  # bytes of traces up to which float32 is kept
@@ -26,10 +27,11 @@ class TracedCall:
         step: index of the sampling step.
         branch: branch of guidance.
         expert: attribute name of the root in its pipeline.
-        sigma: noise level as the scheduler lists it, None if it lists none.
-        timestep: likewise, else as the model was given it; None if there is none.
+        sigma: noise level (:class:`dit_accel.noise.Level`), None where the scheduler says none.
+        timestep: as the scheduler lists it, else as the model was given it; None if there is none.
         latents: the model's main input, on the CPU.
         output: its main output, on the CPU.
+        flow: whether ``sigma`` is that of flow matching.
     """
 
     step: int
@@ -39,6 +41,11 @@ class TracedCall:
     timestep: float | None
     latents: Tensor
     output: Tensor
+    flow: bool = True
+
+    def place(self, steps: int) -> Place:
+        """Where in the generation, of so many steps, it belongs."""
+        return Place(self.step, self.sigma, steps, flow=self.flow)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +55,7 @@ class Trace:
     Attributes:
         calls: in order.
         steps: number of sampling steps.
-        strides: by step, how far the sampler goes: the change of sigma, or 1 / steps where none are listed.
+        strides: by step, how far the sampler goes: the change of sigma, or 1 / steps where there is none.
         grid: tokens along (frames, height, width).
         extent: root mean square of the final latents; 0 if unknown.
     """
@@ -119,14 +126,15 @@ class TraceRecorder:
         assert state is not None
         if state.ordinal == 0:
             self._calls.clear()
-        timestep, sigma = acceleration.clock.level(state.step)
+        timestep, sigma, flow = acceleration.clock.level(state.step)
         if timestep is None and state.timestep is not None:
             timestep = float(torch.as_tensor(state.timestep).max())
         kept = self._kept(latents)
         before = self._calls[-1] if self._calls else None
         if before is not None and before.step == state.step and torch.equal(before.latents, kept):
             kept = before.latents  # branches of guidance are given the same latents
-        self._calls.append(TracedCall(state.step, state.branch, expert, sigma, timestep, kept, self._kept(output)))
+        left = self._kept(output)
+        self._calls.append(TracedCall(state.step, state.branch, expert, sigma, timestep, kept, left, flow))
         self._grid = state.layout.grid
         if state.ordinal == 0:
             self._listed = (state.steps, _listed_sigmas(acceleration, state.steps))
@@ -167,7 +175,7 @@ def _watch(root: nn.Module, expert: str, acceleration: Acceleration, recorder: T
 
 
 def _listed_sigmas(acceleration: Acceleration, steps: int | None) -> list[float]:
-    found = [acceleration.clock.level(step)[1] for step in range((steps or 0) + 1)]
+    found = [acceleration.clock.level(step).sigma for step in range((steps or 0) + 1)]
     return [sigma for sigma in found if sigma is not None]
 
 

@@ -147,15 +147,15 @@ def test_seacache_sums_changes_of_filtered_latents(seed: int, threshold: float) 
 def test_noise_added_to_the_signal_counts_as_its_share() -> None:
     """Latents ``x + 3 n`` are four times ``x / 4 + 3 n / 4``, and the filter does not mind the factor."""
     latents = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(4))
-    added = Spectral(0.1, flow=False).filtered(replace(SIGHT, latents=latents, sigma=3.0))
+    added = Spectral(0.1).filtered(replace(SIGHT, latents=latents, sigma=3.0, flow=False))
     torch.testing.assert_close(added, Spectral(0.1).filtered(replace(SIGHT, latents=latents, sigma=0.75)))
 
 
 @pytest.mark.parametrize(
     ("sight", "message"),
     [
-        (replace(SIGHT, sigma=None), "lists no sigmas"),
-        (replace(SIGHT, sigma=14.6), "flow=False"),
+        (replace(SIGHT, sigma=None), "neither sigmas nor alphas_cumprod"),
+        (replace(SIGHT, sigma=14.6), "from 0 to 1; got 14.6"),
         (replace(SIGHT, latents=torch.zeros(1, 6, 4)), "no grid that is known"),
         (replace(SIGHT, latents=torch.zeros(1, 6, 4), grid=(1, 3, 4)), "no grid that is known"),
     ],

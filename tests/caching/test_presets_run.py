@@ -123,15 +123,12 @@ def test_teacache_on_wan_is_a_list_of_steps_in_disguise(wan: Subject) -> None:
     assert len({computed for _, computed, _ in values[0]}) == 2
 
 
-@pytest.mark.parametrize("name", ["seacache", "dicache", "teacache", "easycache"])
+@pytest.mark.parametrize("name", ["seacache", "snr_gap", "dicache", "teacache", "easycache"])
 def test_cogvideox_with_frames_before_channels(name: str) -> None:
+    """Its scheduler lists no sigmas."""
     subject = build_video_subject("cogvideox")
     subject.inputs["num_inference_steps"] = 4
-    cache = with_threshold(name, 1e9, subject.root, **({"flow": False} if name == "seacache" else {}))
-    if name == "seacache" and not hasattr(subject.pipe.scheduler, "sigmas"):
-        with pytest.raises(ValueError, match="lists no sigmas"):
-            run(subject, cache)
-        return
+    cache = with_threshold(name, 1e9, subject.root)
     found, decisions = run(subject, cache)
     assert bool(torch.isfinite(found).all())
     assert any(not each.computed for each in decisions)

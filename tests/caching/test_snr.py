@@ -21,7 +21,7 @@ from dit_accel.caching.policies import Interval, Judge, SnrGap
 from dit_accel.caching.predictors import Kept, Place, Reuse, Settled, Taylor
 from dit_accel.caching.predictors.taylor import Along
 from dit_accel.caching.presets.snr_gap import PACE, snr_gap
-from dit_accel.caching.snr import half_log_snr
+from dit_accel.noise import Level, read_levels
 from dit_accel.shapes import path
 
 from ..seams.conftest import Subject, build_subject
@@ -61,18 +61,17 @@ def test_steps_are_computed_where_noise_fell_enough(
     levels, forced = flow_levels(steps, shift), forced_steps(seed, steps) - {0}
     found = decisions(SnrGap(threshold, pace).judge(UNIT, steps), sights(steps, sigma=levels), forced)
     assert [step for step, computes in enumerate(found) if computes] == computed_steps(levels, threshold, pace, forced)
-    assert list(SnrGap(threshold, pace).computed_steps(levels)) == computed_steps(levels, threshold, pace)
+    listed = [Level(None, level) for level in levels]
+    assert list(SnrGap(threshold, pace).computed_steps(listed)) == computed_steps(levels, threshold, pace)
 
 
 def test_noise_that_is_added_has_no_pure_noise() -> None:
     levels = [8.0, 4.0, 2.1, 1.0, 0.4, 0.1]
-    seen = sights(6, sigma=levels)
-    assert decisions(SnrGap(math.log(2) - 1e-9, flow=False).judge(UNIT, 6), seen, frozenset()) == [
-        True, True, False, True, True, True,
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match="flow=False"):
-        decisions(SnrGap(0.5).judge(UNIT, 6), seen, frozenset())
-    with pytest.raises(ValueError, match="lists no sigmas"):
+    seen, policy = sights(6, sigma=levels, flow=[False] * 6), SnrGap(math.log(2) - 1e-9)
+    assert decisions(policy.judge(UNIT, 6), seen, frozenset()) == [True, True, False, True, True, True]
+    assert policy.computed_steps([Level(None, level, flow=False) for level in levels]) == (0, 1, 3, 4, 5)
+    assert policy.computed_steps([Level(None, level, flow=False) for level in (1e6, 4.0, 2.1)]) == (0, 1)
+    with pytest.raises(ValueError, match="neither sigmas nor alphas"):
         decisions(SnrGap(0.5).judge(UNIT, 6), sights(6), frozenset())
     for bad in ({"threshold": -0.1}, {"threshold": 1, "pace": -1}):
         with pytest.raises(ValueError, match="from 0"):
@@ -94,7 +93,7 @@ def test_what_the_docs_say_of_50_steps() -> None:
     """The counts in the docstring of the preset, and the list in the docs."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=12.0)
     scheduler.set_timesteps(50)
-    levels = [float(level) for level in scheduler.sigmas[:50]]
+    levels = read_levels(scheduler)[:50]
 
     def computed(threshold: float) -> list[int]:
         return list(SnrGap(threshold, PACE).computed_steps(levels))
@@ -103,17 +102,15 @@ def test_what_the_docs_say_of_50_steps() -> None:
     assert computed(2.2) == [0, 3, 8, 14, 20, 26, 32, 38, 44, 48]
 
 
-def test_half_log_snr_has_known_values() -> None:
-    assert half_log_snr(0.5) == 0 == half_log_snr(1.0, flow=False)
-    assert half_log_snr(0.2) == pytest.approx(math.log(4)) and half_log_snr(4.0, flow=False) == pytest.approx(
-        -math.log(4)
-    )
-    assert half_log_snr(1.0) == pytest.approx(-half_log_snr(0.0)) and math.isfinite(half_log_snr(0.0, flow=False))
-
-
 def kept_along(steps: list[int], levels: list[float], value: Callable[[int], Tensor]) -> list[Kept]:
     """Newest first."""
     return [Kept(Place(step, levels[step], len(levels)), value(step)) for step in reversed(steps)]
+
+
+def as_added(place: Place) -> Place:
+    """The same ratio of signal to noise where noise is added to the signal."""
+    assert place.sigma is not None
+    return replace(place, sigma=place.sigma / (1 - place.sigma), flow=False)
 
 
 @RANDOM
@@ -128,7 +125,11 @@ def test_lines_along_log_snr_are_met(seed: int) -> None:
         return start + slope * math.log(1 / levels[step] - 1)
 
     kept = kept_along([older, newer], levels, value)
-    found = Taylor(1, "log_snr", kappa=None).predict(kept, Place(skipped, levels[skipped], 30))
+    line = Taylor(1, "log_snr", kappa=None)
+    found = line.predict(kept, Place(skipped, levels[skipped], 30))
+    torch.testing.assert_close(found, value(skipped), rtol=1e-9, atol=1e-9)
+    added = [replace(each, place=as_added(each.place)) for each in kept]
+    found = line.predict(added, as_added(Place(skipped, levels[skipped], 30)))
     torch.testing.assert_close(found, value(skipped), rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="flow matching has noise levels from 0 to 1"):
         Taylor(1, "log_snr").predict(kept, Place(skipped, 1.5, 30))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,29 @@ def test_options_reach_the_tuning(tune: Command, heard: dict[str, Any]) -> None:
     assert {name: heard.get(name) for name in wanted} == wanted and "prompt" not in heard
 
 
+def test_sparse_attention_is_tuned_beside_the_cache(
+    tune: Command, command: Command, tiny_wan_folder: Path, tmp_path: Path
+) -> None:
+    """For real; a rendering with the same method takes the profile as its own, and one with another says so."""
+    radial = ("--attention", "radial", "--block", 64, "--dense-steps", 2)
+    result = tune("--target-psnr", 10, "--worst-only", "--min-speed-up", 0.01, *radial, "--decay", 0.3)
+    assert result.code == 0, result.err
+    profile = load_profile(tmp_path / "profile.json")
+    assert not profile.is_off and "Radial" in profile.key.attention and "decay=0.3" in profile.key.attention
+
+    def told(decay: float) -> list[str]:
+        out = ("-o", tmp_path / f"{decay}.mp4", "--profile", tmp_path / "profile.json")
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            done = command("render", "a cat", "--model", tiny_wan_folder, *out, *SMALL, *radial, "--decay", decay)
+        assert done.code == 0, done.err
+        return [str(each.message) for each in found if "profile" in str(each.message)]
+
+    assert told(0.3) == []
+    [difference] = told(0.5)
+    assert "attention" in difference
+
+
 def test_the_last_prompts_are_held_out_by_default(tune: Command, heard: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("three\n\nfour\nthree\nfive\n")
     result = tune("--target-psnr", 30, "--prompt-file", tmp_path / "more.txt", prompts=("one", "two"), held_out=())
@@ -131,6 +155,8 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--target-psnr", "28", "--frames", "10"], ["use 9 or 13"]),
         (["--target-psnr", "28", "--device", "abacus"], ["abacus", "cpu"]),
         (["--target-psnr", "28", "--model", "nothing"], ["nothing", "shapes-wan"]),
+        (["--target-psnr", "28", "--attention", "wide"], ["--attention", "wide"]),
+        (["--target-psnr", "28", "--decay", "0.3"], ["--decay does nothing with --attention dense", "radial"]),
     ],
 )
 def test_input_is_checked_before_loading(tune: Command, tmp_path: Path, words: list[str], parts: list[str]) -> None:

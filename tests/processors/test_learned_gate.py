@@ -94,7 +94,7 @@ def test_shipped_gates_are_refused_elsewhere() -> None:
     with pytest.raises(ValueError, match=r"6 of kind self.*30 sites"):
         processor.check_sites({SiteInfo("blocks.1.attn1", "self", 1, 30, "transformer"): (3, 64)})
     with pytest.raises(ValueError, match="layer 9; this model has layers 0 to 5"):
-        LearnedGateAttnProcessor(schedule={"layer_budget": {9: 0.5}}).check_budgets({SITE: 3})
+        LearnedGateAttnProcessor(schedule={"layer_budget": {9: 0.5}}).check_schedule({SITE: 3})
 
 
 @pytest.mark.parametrize("timestep", [400.0, [400.0], [[0.0, 400.0], [0.0, 400.0]]])

@@ -97,12 +97,12 @@ def test_what_settings_leave_no_room_for_is_said(name: str, options: dict[str, A
 
 def test_heads_and_layers_that_a_model_lacks_are_refused() -> None:
     sites = {SiteInfo(f"blocks.{layer}.attn1", "self", layer, 3, "transformer"): 4 for layer in range(3)}
-    processor_by_name("block_routing", schedule={"head_budget": {2: [1, 2, 3, 4]}}).check_budgets(sites)
+    processor_by_name("block_routing", schedule={"head_budget": {2: [1, 2, 3, 4]}}).check_schedule(sites)
     with pytest.raises(ValueError, match=r"2 factors for layer 1, but blocks.1.attn1 has 4 heads"):
-        processor_by_name("block_routing", schedule=HEADS).check_budgets(sites)
+        processor_by_name("block_routing", schedule=HEADS).check_schedule(sites)
     for budget in ({"layer_budget": {3: 1.0}}, {"head_budget": {3: [1.0] * 4}}):
         with pytest.raises(ValueError, match=r"names layer 3; this model has layers 0 to 2"):
-            processor_by_name("block_routing", schedule=budget).check_budgets(sites)
+            processor_by_name("block_routing", schedule=budget).check_schedule(sites)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -9,10 +9,11 @@ import torch
 
 from dit_accel.caching.policies import SnrGap
 from dit_accel.caching.presets.snr_gap import PACE
+from dit_accel.noise import Level
 from dit_accel.quality.candidates import KINDS, Prospects
 from dit_accel.quality.errors import StepErrors
 from dit_accel.quality.replay import replay, schedule_errors
-from dit_accel.quality.trace import WIDE, trace_dtype
+from dit_accel.quality.trace import WIDE, Trace, trace_dtype
 
 from .toys import affine_trace, two_experts
 
@@ -54,7 +55,7 @@ def test_dynamic_rungs_decide_differently_and_share_what_they_say() -> None:
 
 def test_steps_by_noise_are_those_of_the_preset() -> None:
     prospects = Prospects(TRACES)
-    levels = [TRACES[0].at_step(step)[0].sigma or 0.0 for step in range(16)]
+    levels = [Level(None, TRACES[0].at_step(step)[0].sigma) for step in range(16)]
     rungs = prospects.by_noise().rungs
     assert len(rungs) >= 4
     lists = {SnrGap(threshold, PACE).computed_steps(levels) for threshold in (1.4, 2.2, 3.6)}
@@ -68,15 +69,25 @@ def test_steps_by_noise_are_those_of_the_preset() -> None:
         assert rung.predicted == pytest.approx(max(sums))
 
 
-def test_without_noise_levels_of_flow_matching_there_are_no_steps_by_noise() -> None:
-    for levels in ([None] * 16, [8.0 - step / 2 for step in range(16)]):
-        traces = [
-            replace(trace, calls=tuple(replace(call, sigma=levels[call.step]) for call in trace.calls))
-            for trace in TRACES
-        ]
-        prospects = Prospects(traces)
-        assert prospects.by_noise().rungs == ()
-        assert "steps by noise" not in {ladder.name for ladder in prospects.ladders()}
+def with_levels(levels: list[float | None], flow: bool) -> list[Trace]:
+    return [
+        replace(trace, calls=tuple(replace(call, sigma=levels[call.step], flow=flow) for call in trace.calls))
+        for trace in TRACES
+    ]
+
+
+def test_steps_by_noise_are_those_of_any_kind_of_noise() -> None:
+    """Levels of diffusion with the same ratios of signal to noise have the same lists."""
+    shares = [TRACES[0].at_step(step)[0].sigma for step in range(16)]
+    added = [1e6 if share is None or share == 1 else share / (1 - share) for share in shares]
+    found, wanted = (Prospects(each).by_noise().rungs for each in (with_levels(added, flow=False), TRACES))
+    assert [rung.spec.computed for rung in found] == [rung.spec.computed for rung in wanted] != []
+
+
+def test_without_noise_levels_there_are_no_steps_by_noise() -> None:
+    prospects = Prospects(with_levels([None] * 16, flow=True))
+    assert prospects.by_noise().rungs == ()
+    assert "steps by noise" not in {ladder.name for ladder in prospects.ladders()}
 
 
 def test_another_expert_is_computed_first() -> None:

@@ -185,7 +185,8 @@ def test_a_model_of_other_heads_is_refused_and_left_as_it_was(t2v):
     stock = t2v.run(**ODD)
     for budget, message in (
         ({"head_budget": {1: [1.0, 1.0, 0.5]}}, r"3 factors for layer 1, but blocks\.1\.attn1 has 2 heads"),
-        ({"layer_budget": {2: 0.5}}, "names layer 2; this model has layers 0 to 1"),
+        ({"layer_budget": {2: 0.5}}, "layer_budget names layer 2; this model has layers 0 to 1"),
+        ({"dense_layers": [0, 7, 5]}, "dense_layers names layer 5; this model has layers 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             dit_accel.accelerate(t2v.pipe, "block_routing", schedule=Schedule(**budget))

@@ -171,7 +171,7 @@ class _GuidanceSeam:
 
     def _number(self, state: StepState) -> float:
         """The timestep, as the scheduler lists it or as the model is told."""
-        listed = self._engine.clock.level(state.step)[0]
+        listed = self._engine.clock.level(state.step).timestep
         return float(torch.as_tensor(state.timestep).max()) if listed is None else listed
 
 

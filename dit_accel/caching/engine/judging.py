@@ -105,7 +105,7 @@ class Judging:
     def _sight(self, call: OpenCall, unit: Unit, signal: Tensor | None) -> Sight:
         """Without graphs, which judges would keep alive."""
         state, tokens = call.state, call.tokens
-        timestep, sigma = self._clock.level(state.step)
+        timestep, sigma, flow = self._clock.level(state.step)
         if timestep is None and state.timestep is not None:
             timestep = float(torch.as_tensor(state.timestep).max())
         return Sight(
@@ -121,4 +121,5 @@ class Judging:
             computed_step=call.track.computed_step,
             tokens=None if tokens is None else tokens.detach(),
             grid=state.layout.grid,
+            flow=flow,
         )

@@ -182,8 +182,8 @@ class Keeper:
         self._record.downgrades[:] = self._store.downgrades
 
     def _place(self, call: OpenCall) -> Place:
-        state = call.state
-        return Place(state.step, self._clock.level(state.step)[1], state.steps)
+        state, level = call.state, self._clock.level(call.state.step)
+        return Place(state.step, level.sigma, state.steps, flow=level.flow)
 
 
 def latents_like(output: Any, latents: Tensor) -> Tensor | None:

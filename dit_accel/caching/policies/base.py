@@ -39,7 +39,7 @@ class Sight:
         branch: branch of guidance.
         expert: attribute name of the root in its pipeline.
         unit: what would be skipped; for decisions about a whole call its first unit.
-        sigma: noise level of the step as the scheduler lists it, None if it lists none.
+        sigma: noise level of the step (:class:`dit_accel.noise.Level`), None where the scheduler says none.
         timestep: value of the root's ``timestep`` argument, None if there is none.
         latents: the root's main input ``x_s``.
         signal: at INPUT the modulated input of the first block, at PROBE what the first blocks added to its input, at
@@ -47,6 +47,7 @@ class Sight:
         computed_step: the latest step that was computed; None before the first.
         tokens: at PROBE what the first block was given, ``[batch, tokens, channels]``; None at other moments.
         grid: frames, height and width of the token grid; None where the caller does not say.
+        flow: whether that is a level of flow matching, from 0 to 1.
     """
 
     step: int
@@ -61,6 +62,7 @@ class Sight:
     computed_step: int | None
     tokens: Tensor | None = None
     grid: tuple[int, int, int] | None = None
+    flow: bool = True
 
 
 class Judge(ABC):

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..snr import half_log_snr, is_pure_noise
+from ...noise import Level, is_pure_noise, log_snr
 from ..unit import Unit
 from .base import Judge, Moment, Policy, Sight
 from .measure import check_threshold
@@ -23,10 +23,11 @@ _UNIT = Unit("output", "output")
 class SnrGap(Policy):
     """Reuses while ``|lambda_s - lambda_c| + pace (s - c) / steps < threshold``, with ``lambda = log(alpha / sigma)``.
 
-    Steps ``s`` that lie evenly in ``lambda`` are where DPM-Solver (arXiv 2206.00927) puts its evaluations. Samplers of
-    flow matching step evenly in time, so ``lambda`` is slow in the middle of a generation and fast at both ends, where
+    Steps ``s`` that lie evenly in ``lambda`` are where DPM-Solver (arXiv 2206.00927) puts its evaluations. Most
+    samplers step evenly in time, so ``lambda`` is slow in the middle of a generation and fast at both ends, where
     outputs change fast as well; ``pace`` keeps the gaps in the middle from growing without bound. Only noise levels
-    are looked at: the computed steps are the same for all prompts.
+    are looked at: the computed steps are the same for all prompts. Schedulers of flow matching and of diffusion count
+    alike (:class:`dit_accel.noise.Level`).
 
     A first step of pure noise, whose ``lambda`` is infinite, counts as half a step before it ends:
     ``log 2`` below that of the step behind it.
@@ -34,18 +35,16 @@ class SnrGap(Policy):
     Attributes:
         threshold: distance from the latest computed step ``c`` from which on it computes; 0 computes always.
         pace: what a whole generation counts, in units of ``lambda``; 0 for distances in ``lambda`` alone.
-        flow: whether ``sigma`` is that of flow matching, from 0 to 1; else noise of that size is added to the signal.
 
     Raises:
-        ValueError: for numbers below 0; at a step without a noise level, or whose level is none of flow matching; and
-            with a pace where nobody says how many steps there are.
+        ValueError: for numbers below 0; at a step without a noise level; and with a pace where nobody says how many
+            steps there are.
     """
 
     moment: ClassVar[Moment] = Moment.CALL
 
     threshold: float
     pace: float = 0.0
-    flow: bool = True
 
     def __post_init__(self) -> None:
         check_threshold("threshold", self.threshold)
@@ -64,27 +63,26 @@ class SnrGap(Policy):
         """``lambda`` of a step; None if it is pure noise.
 
         Raises:
-            ValueError: without a noise level, or for one that is none of flow matching.
+            ValueError: without a noise level.
         """
         if sight.sigma is None:
             raise ValueError(
-                "SnrGap needs the noise level of each step, and the scheduler lists no sigmas; use one that does, or "
-                "a policy that needs none (Interval, Transform)"
+                "SnrGap needs the noise level of each step, and the scheduler has neither sigmas nor alphas_cumprod; "
+                "use one that does, or a policy that needs none (Interval, Transform)"
             )
-        level = half_log_snr(sight.sigma, self.flow)
-        return None if is_pure_noise(sight.sigma, self.flow) else level
+        return None if is_pure_noise(sight.sigma, sight.flow) else log_snr(sight.sigma, sight.flow)
 
-    def computed_steps(self, levels: Sequence[float]) -> tuple[int, ...]:
+    def computed_steps(self, levels: Sequence[Level]) -> tuple[int, ...]:
         """The steps of a generation that are computed.
 
         Args:
-            levels: noise level of every step, as the scheduler lists them.
+            levels: of every step.
         """
         judge = self.judge(_UNIT, len(levels))
         found: list[int] = []
-        for step, sigma in enumerate(levels):
+        for step, (timestep, sigma, flow) in enumerate(levels):
             before = found[-1] if found else None
-            sight = Sight(step, len(levels), "", "", _UNIT, sigma, None, torch.empty(0), None, before)
+            sight = Sight(step, len(levels), "", "", _UNIT, sigma, timestep, torch.empty(0), None, before, flow=flow)
             computes = not found or judge.wants_compute(sight)
             judge.note(sight, computes, None)
             if computes:

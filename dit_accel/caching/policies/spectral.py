@@ -10,12 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...noise import noise_share
 from ..unit import Unit
 from .base import Judge, Moment, Policy, Sight
 from .measure import check_threshold, keep
 from .threshold import ThresholdJudge
-
-_EDGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,6 @@ class Spectral(Policy):
         exponent: of the power of clean signals; 3 in the published settings for videos.
         axes: dimensions of the latents that are frames, height and width, or height and width. None for all behind
             batch and channels; tokens ``[batch, tokens, channels]`` are put on their grid.
-        flow: whether ``sigma`` is that of flow matching, from 0 to 1; else noise of that size is added to the signal.
     """
 
     moment: ClassVar[Moment] = Moment.CALL
@@ -39,7 +37,6 @@ class Spectral(Policy):
     threshold: float
     exponent: float = 3.0
     axes: tuple[int, ...] | None = None
-    flow: bool = True
 
     def __post_init__(self) -> None:
         check_threshold("threshold", self.threshold)
@@ -62,15 +59,10 @@ class Spectral(Policy):
     def _noise_share(self, sight: Sight) -> float:
         if sight.sigma is None:
             raise ValueError(
-                "Spectral needs the noise level of each step, and the scheduler lists no sigmas; use one that does, "
-                "or a policy that needs none (Transform, ProbeDiff)"
+                "Spectral needs the noise level of each step, and the scheduler has neither sigmas nor "
+                "alphas_cumprod; use one that does, or a policy that needs none (Transform, ProbeDiff)"
             )
-        if self.flow and sight.sigma > 1:
-            raise ValueError(
-                f"flow matching has noise levels from 0 to 1, and the scheduler says {sight.sigma:g}; give flow=False"
-            )
-        share = sight.sigma if self.flow else sight.sigma / (1 + sight.sigma)
-        return min(max(share, _EDGE), 1 - _EDGE)
+        return noise_share(sight.sigma, sight.flow)
 
     def _on_grid(self, sight: Sight) -> tuple[Tensor, tuple[int, ...]]:
         latents = sight.latents

@@ -15,16 +15,18 @@ class Place:
 
     Attributes:
         step: index of the sampling step.
-        sigma: noise level of the step, None if the scheduler lists none.
+        sigma: noise level of the step (:class:`dit_accel.noise.Level`), None where the scheduler says none.
         steps: number of sampling steps, None where nobody says.
         paired: whether the batch holds both branches of guidance, the unconditional one first; told only to predictors
             with ``needs_pairs``.
+        flow: whether that is a level of flow matching, from 0 to 1.
     """
 
     step: int
     sigma: float | None
     steps: int | None = None
     paired: bool = False
+    flow: bool = True
 
 
 @dataclass(frozen=True)

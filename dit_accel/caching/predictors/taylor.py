@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from ..snr import half_log_snr
+from ...noise import log_snr
 from .base import Kept, Place, Predictor
 from .clip import USUAL_KAPPA, check_kappa, clip, widened
 from .reuse import Reuse
@@ -37,13 +37,13 @@ class Taylor(Predictor):
 
     Attributes:
         order: degree, from 1 to 4; fewer kept values give a lower one.
-        along: what the gaps are measured in: the index of the step, its noise level, or ``log((1 - sigma) / sigma)``
-            of the noise levels of flow matching.
+        along: what the gaps are measured in: the index of the step, its noise level ``sigma``, or the log ratio of
+            signal to noise (:func:`dit_accel.noise.log_snr`).
         form: see above.
         kappa: bound on the change of each token (:class:`~dit_accel.caching.predictors.clip.Clipped`); None for none.
 
     Raises:
-        ValueError: settings outside these ranges; at prediction, if the scheduler lists no noise levels to go along.
+        ValueError: settings outside these ranges; at prediction, if the scheduler says no noise levels to go along.
     """
 
     order: int = 1
@@ -91,8 +91,8 @@ def coordinate(place: Place, along: Along) -> float:
     if along == "step":
         return float(place.step)
     if place.sigma is None:
-        raise ValueError('the scheduler lists no noise level for a step; predict along="step" instead')
-    return half_log_snr(place.sigma) if along == "log_snr" else place.sigma
+        raise ValueError('the scheduler says no noise level for a step; predict along="step" instead')
+    return log_snr(place.sigma, place.flow) if along == "log_snr" else place.sigma
 
 
 def distinct_places(times: Sequence[float], at: float) -> list[int]:

@@ -24,7 +24,6 @@ def seacache(
     warmup: int | float = 1,
     cooldown: int | float = 1,
     max_consecutive: int | None = 2,
-    flow: bool = True,
 ) -> Cache:
     """Skips all blocks while the filtered latents change little, summed over steps.
 
@@ -39,14 +38,13 @@ def seacache(
         warmup: first steps that are computed.
         cooldown: last steps that are computed.
         max_consecutive: how many steps in a row may be reused.
-        flow: whether the scheduler's sigmas are those of flow matching.
 
     Raises:
-        ValueError: for settings out of range; at the first call, where the scheduler lists no noise levels.
+        ValueError: for settings out of range; at the first call, where the scheduler says no noise levels.
     """
     if order not in (0, 1):
         raise ValueError(f"order is 0 or 1; got {order!r}")
-    policy = Spectral(threshold, exponent, _AXES.get(type(root).__name__), flow)
+    policy = Spectral(threshold, exponent, _AXES.get(type(root).__name__))
     limits = Limits(warmup=warmup, cooldown=cooldown, max_consecutive=max_consecutive)
     predictor = Taylor(1, kappa=None) if order else Reuse()
     return Cache(Whole(), policy, predictor, limits, name="seacache")

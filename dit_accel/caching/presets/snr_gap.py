@@ -26,16 +26,16 @@ def snr_gap(
 ) -> Cache:
     """Computes where noise has fallen, or time has passed, enough since the latest computed step; draws lines between.
 
-    This package's own, for flow matching. Computed steps lie evenly in ``lambda + pace t``: ``lambda = log((1 - sigma)
-    / sigma)``, along which DPM-Solver (arXiv 2206.00927) places its evaluations, and ``t`` the part of the generation
-    that is over. So gaps grow slowly behind the first steps, which no line is drawn through, and shrink towards the
-    last ones. It keeps two outputs of the model, far smaller than its tokens, looks at noise levels alone and needs no
-    calibration.
+    This package's own. Computed steps lie evenly in ``lambda + pace t``: ``lambda`` is half the log signal-to-noise
+    ratio (``log((1 - sigma) / sigma)`` in flow matching), along which DPM-Solver (arXiv 2206.00927) places its
+    evaluations, and ``t`` the part of the generation that is over. So gaps grow slowly behind the first steps, which
+    no line is drawn through, and shrink towards the last ones. It keeps two outputs of the model, far smaller than
+    its tokens, looks at noise levels alone and needs no calibration.
 
     Args:
-        threshold: distance of computed steps; larger reuses more. Of 50 steps with a shift of 12, thresholds of 1.4,
-            1.7, 2.2, 2.6 and 3.6 compute 15, 13, 10, 9 and 7. At large thresholds single generations may differ from
-            dense altogether.
+        threshold: distance of computed steps; larger reuses more. Of 50 steps of flow matching with a shift of 12,
+            thresholds of 1.4, 1.7, 2.2, 2.6 and 3.6 compute 15, 13, 10, 9 and 7. At large thresholds single
+            generations may differ from dense altogether.
         order: of the extrapolation, 1; 0 reuses the latest output.
         pace: what a whole generation counts; more makes gaps more even.
         settle: first steps whose outputs no line is drawn through; an int counts, a float is a fraction of all.
@@ -43,8 +43,8 @@ def snr_gap(
         cooldown: last steps that are computed; an int or a float, too.
 
     Raises:
-        ValueError: for settings out of range; in a run, where the scheduler lists no noise levels of flow matching, or
-            nobody says how many steps there are.
+        ValueError: for settings out of range; in a run, where the scheduler says no noise levels, or nobody says how
+            many steps there are.
     """
     if isinstance(order, bool) or order not in (0, 1):
         raise ValueError(f"order is 0 or 1; got {order!r}")
