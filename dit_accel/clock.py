@@ -72,6 +72,7 @@ class StepClock:
         self._seen: list[str] = []
         self._schedule: torch.Tensor | None = None
         self._indices: torch.Tensor | None = None
+        self._counter: int | None = None
         self._levels_of: torch.Tensor | None = None  # the list of timesteps that _levels was read from
         self._levels: list[Level] = []
         self._restart()
@@ -181,7 +182,13 @@ class StepClock:
             return int(index if index is not None else getattr(scheduler, "begin_index", None) or 0)
         if self._indices is None:
             self._indices = schedule.detach().float().cpu()
-        return int((self._indices - _value(timestep)).abs().argmin())
+        first = int((self._indices - _value(timestep)).abs().argmin())
+        counter, before = getattr(scheduler, "counter", None), self._counter
+        self._counter = counter
+        if counter is None or self._last_step is None or self._indices[self._last_step] != self._indices[first]:
+            return first
+        # PNDM lists some timesteps twice in a row, and counts its steps.
+        return min(self._last_step + (counter != before), len(schedule) - 1)
 
 
 def _value(timestep: torch.Tensor | float | None) -> float:

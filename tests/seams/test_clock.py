@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 
 import dit_accel
 from dit_accel.clock import StepClock
@@ -112,6 +113,22 @@ def test_a_second_order_scheduler_counts_its_own_sub_steps():
         scheduler.step_index = index
         steps.append(tick(clock, timestep).step)
     assert steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_steps_of_a_timestep_that_is_listed_twice(skip):
+    """PNDM, which keeps no index of its steps, by two branches of guidance, twice over."""
+    pipe = Pipeline(scheduler=PNDMScheduler(skip_prk_steps=skip))
+    clock, sample = StepClock(pipe), torch.ones(1, 3)
+    for generation in range(2):
+        pipe.scheduler.set_timesteps(6)
+        timesteps = pipe.scheduler.timesteps
+        assert len(timesteps.unique()) < len(timesteps)
+        for step, timestep in enumerate(timesteps):
+            for branch in ("call0", "call1"):
+                state = tick(clock, timestep)
+                assert (state.generation, state.step, state.branch) == (generation, step, branch)
+            sample = pipe.scheduler.step(0.1 * sample, timestep, sample).prev_sample
 
 
 def test_explicit_steps_win():
