@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    WanPipeline,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,7 +30,7 @@ from dit_accel.caching.presets.snr_gap import PACE, snr_gap
 from dit_accel.noise import Level, read_levels
 from dit_accel.shapes import path
 
-from ..seams.conftest import Subject, build_subject
+from ..seams.conftest import Subject, build_image_subject, build_subject
 from .sequences import RANDOM, UNIT, decisions, forced_steps, sights
 
 
@@ -190,6 +196,26 @@ def test_the_preset_is_the_plain_loop(wan: Subject, order: int, along: Along) ->
                 rate = (place(step) - place(late[-1])) / (place(late[-1]) - place(late[-2]))
                 value = value + rate * (value - outputs[2 * late[-2] + branch])
             torch.testing.assert_close(outputs[2 * step + branch], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])
+def test_schedulers_of_diffusion_have_noise_levels_too(scheduler: Any) -> None:
+    """On a UNet; computed steps are those that the rule in words of its own finds in the scheduler's own alphas."""
+    subject = build_image_subject("sd15")
+    subject.pipe.scheduler = scheduler.from_config(subject.pipe.scheduler.config, skip_prk_steps=True)
+    subject.inputs["num_inference_steps"] = 12
+    with dit_accel.accelerate(subject.pipe, cache="snr_gap", cache_settings={"threshold": 2.0, "pace": 4.0}) as handle:
+        found = subject.run()
+        record = handle.caches.engines[0].record.decisions
+    alphas = subject.pipe.scheduler.alphas_cumprod[subject.pipe.scheduler.timesteps.long()]
+    shares = [float(((1 - alpha) / alpha).sqrt() / (1 + ((1 - alpha) / alpha).sqrt())) for alpha in alphas]
+    odds = {step: shares[step] / (1 - shares[step]) for step in range(len(shares))}
+    wanted = [0]
+    for step in range(1, len(shares)):
+        if odds[wanted[-1]] / odds[step] * math.exp(4.0 * (step - wanted[-1]) / len(shares)) >= math.exp(2.0):
+            wanted.append(step)
+    assert [each.step for each in record if each.computed] == wanted and 3 < len(wanted) < len(shares) - 2
+    assert [each.step for each in record] == list(range(len(shares))) and bool(torch.isfinite(found).all())
 
 
 def test_it_refuses_orders_that_it_has_not() -> None:
