@@ -76,7 +76,7 @@ class Acceleration:
         self.caches = Caches(caches, self.clock, anchor, self._timer)
         self._raised: dict[tuple[SparseAttnProcessor, float], SparseAttnProcessor] = {}
         if anchor is not None:
-            self._check_anchor(anchor)
+            check_anchor(anchor, processor if caches else None)
         self._plans: dict[tuple[StaticAttnProcessor, TokenLayout, torch.device], SparsePlan] = {}
         self._tally = Tally()
         self._steps: tuple[int, set[int]] = (-1, set())
@@ -231,14 +231,6 @@ class Acceleration:
             self._raised[processor, factor] = processor.raised(factor)
         return self._raised[processor, factor]
 
-    def _check_anchor(self, anchor: Anchor) -> None:
-        if not self.caches or self.processor is None or isinstance(self.processor, AutoAttnProcessor):
-            raise ValueError("an anchor wants a cache and a sparse method chosen by name or as a processor, together")
-        try:
-            self.processor.raised(anchor.factor)
-        except ValueError as error:
-            raise ValueError(f"{self.processor!r} cannot keep more at an anchor: {error}") from error
-
     def _recipe(self, installed: RootInstallation, state: StepState) -> SparseAttnProcessor | None:
         """The method of the coming call: the one given, or what was chosen when this generation began."""
         if not isinstance(self.processor, AutoAttnProcessor):
@@ -342,6 +334,24 @@ def _no_sites(processor: SparseAttnProcessor, root: nn.Module, installed: RootIn
         f"{type(processor).__name__} acts on {' and '.join(processor.kinds)} attention, and {type(root).__name__} has "
         f"{there} modules only; leave attention out, or use another model"
     )
+
+
+def check_anchor(anchor: Anchor, processor: SparseAttnProcessor | None) -> None:
+    """Refuses a method that cannot keep more after skipped calls.
+
+    Args:
+        anchor: says how much more.
+        processor: the method beside the cache; None if one of both is missing.
+
+    Raises:
+        ValueError: if there is none, its recipe is not known before the run, or it has no budget to raise.
+    """
+    if processor is None or isinstance(processor, AutoAttnProcessor):
+        raise ValueError("an anchor wants a cache and a sparse method chosen by name or as a processor, together")
+    try:
+        processor.raised(anchor.factor)
+    except ValueError as error:
+        raise ValueError(f"{processor!r} cannot keep more at an anchor: {error}") from error
 
 
 def acceleration_of(target: Any) -> Acceleration | None:

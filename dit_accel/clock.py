@@ -78,6 +78,11 @@ class StepClock:
         self._restart()
         self.state: StepState | None = None
 
+    @property
+    def pipeline(self) -> Any | None:
+        """The pipeline, while there is one."""
+        return self._pipeline() if self._pipeline is not None else None
+
     def set_step(self, step: int | None, steps: int | None = None, branch: str | None = None) -> None:
         """Says outright which step comes next, for sampling loops of one's own; ``set_step(None)`` takes it back."""
         if step is not None and step < 0:
@@ -115,8 +120,7 @@ class StepClock:
 
     def is_guided(self) -> bool | None:
         """Whether the pipeline says that it runs with classifier-free guidance; None if it says nothing."""
-        pipeline = self._pipeline() if self._pipeline is not None else None
-        said = getattr(pipeline, "do_classifier_free_guidance", None)
+        said = getattr(self.pipeline, "do_classifier_free_guidance", None)
         return said if isinstance(said, bool) else None
 
     def level(self, step: int) -> Level:
@@ -138,8 +142,7 @@ class StepClock:
         self._seen = []
 
     def _scheduler(self) -> Any | None:
-        pipeline = self._pipeline() if self._pipeline is not None else None
-        return getattr(pipeline, "scheduler", None)
+        return getattr(self.pipeline, "scheduler", None)
 
     def _is_new_generation(self, context: _Context, timestep: torch.Tensor | None, layout: TokenLayout) -> bool:
         has_new_schedule = self._note_schedule()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .acceleration import Acceleration, acceleration_of
+from .acceleration import Acceleration, acceleration_of, check_anchor
 from .caching.together import Anchor, recipes_of
 from .controls import AttentionControl
 from .install import BlockHook, TokenPermutation
@@ -141,27 +141,35 @@ def is_ours(processor: object) -> bool:
 def replace_processor(target: Any, processor: Any) -> None:
     """What ``set_attn_processor`` does on pipelines, and on models for our processors: the new one replaces ours.
 
-    Caches stay on the pipeline, without their anchor; :func:`acceleration_of` gives the handle that they have now.
+    Where a pipeline is accelerated, a model of it stands for all of its models: the new method replaces the old one on
+    each. Caches stay, and their anchor as long as the new one is ours; :func:`acceleration_of` gives the handle that
+    they have now.
 
     Raises:
-        ValueError: if a cache is on the pipeline that was tuned with the attention it has.
+        ValueError: if a cache is on the pipeline that was tuned with the attention it has, or that has an anchor which
+            the new method cannot keep more at. Everything stays as it was.
     """
-    current = acceleration_of(target)
+    current, whole = acceleration_of(target), target
+    if current is not None and current.clock.pipeline is not None:
+        whole = current.clock.pipeline
     if current is not None and current.profile is not None and not current.profile.is_off:
         raise ValueError(
             "the cache on this pipeline was tuned for a quality target with the attention it has; call "
             "dit_accel.acceleration_of(...).remove() first, and tune with the new one beside it"
         )
     caches: list[Cache] = []
+    anchor = current.caches.anchor if current is not None and is_ours(processor) else None
     timed = current is not None and current.timed
+    if anchor is not None:
+        check_anchor(anchor, processor)
     if current is not None:
         caches = [engine.cache for engine in current.caches.engines]
         current.remove()
     if is_ours(processor):
-        Acceleration(target, processor, caches=caches, timed=timed)
+        Acceleration(whole, processor, caches=caches, anchor=anchor, timed=timed)
         return
     root: Any
     for root in find_roots(target).values():
         root.set_attn_processor(dict(processor) if isinstance(processor, dict) else processor)
     if caches:
-        Acceleration(target, None, caches=caches, timed=timed)
+        Acceleration(whole, None, caches=caches, timed=timed)

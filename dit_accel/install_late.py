@@ -71,12 +71,9 @@ def _extend_models(module: ModuleType) -> None:
         from .acceleration import acceleration_of
         from .entry import is_ours, replace_processor
 
-        if is_ours(processor):
+        if is_ours(processor) or acceleration_of(self) is not None:
             replace_processor(self, processor)
             return
-        accelerated = acceleration_of(self)
-        if accelerated is not None:
-            accelerated.remove()
         stock(self, processor)
 
     module.AttentionMixin.set_attn_processor = set_attn_processor

@@ -47,6 +47,10 @@ class Anchor:
 class Caches:
     """The caches of one acceleration; none is a fine number of them.
 
+    Attributes:
+        engines: one for each cache.
+        anchor: as given.
+
     Args:
         recipes: outermost last: where one skips a whole call, those before it are not asked.
         clock: of the pipeline.
@@ -60,7 +64,7 @@ class Caches:
         self.engines = [CacheEngine(recipe, clock, timer) for recipe in recipes]
         for engine in self.engines:
             engine.others = tuple(other for other in self.engines if other is not engine)
-        self._anchor = anchor
+        self.anchor = anchor
         self._block_of: dict[str, dict[str, int]] = {}  # by expert: index of the block that a site is in
 
     def __bool__(self) -> bool:
@@ -102,10 +106,10 @@ class Caches:
 
     def density_factor(self, state: StepState) -> float:
         """On the density of the coming call, if it is computed."""
-        if self._anchor is None:
+        if self.anchor is None:
             return 1.0
         skipped = max((engine.consecutive(state.expert, state.branch) for engine in self.engines), default=0)
-        return self._anchor.factor if skipped >= self._anchor.after else 1.0
+        return self.anchor.factor if skipped >= self.anchor.after else 1.0
 
     def skipped(self, site: SiteInfo) -> bool:
         """Whether the call that has just ended skipped the block of a site."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import dit_accel
 from dit_accel.caching import Anchor, Cache, Limits
@@ -150,3 +151,28 @@ def test_a_cache_stays_when_the_attention_processor_is_replaced(wan: Subject) ->
         wan.run()
         assert computed_steps(handle) == [0, 4] and handle.report().sites[0].sparse_calls == 4
     assert dit_accel.acceleration_of(wan.pipe) is None
+
+
+def test_an_anchor_stays_when_the_method_is_replaced(wan: Subject) -> None:
+    """Where the new method cannot keep more it is refused, and the old one stays."""
+    cache = Cache(Whole(), Static(compute_steps=(0, 1, 5, 6, 7)))
+    for anchor in (None, Anchor(factor=2.0, after=2)):
+        with dit_accel.accelerate(wan.pipe, routing(), cache=cache, anchor=anchor) as handle:
+            wan.run()
+            wanted = handle.report().plan_density
+        before = dit_accel.accelerate(wan.pipe, RadialAttnProcessor(dense_steps=0), cache=cache, anchor=anchor)
+        if anchor is not None:
+            with pytest.raises(ValueError, match="cannot keep more at an anchor"):
+                wan.pipe.set_attn_processor(RadialAttnProcessor(rule="paper"))
+            assert dit_accel.acceleration_of(wan.pipe) is before
+        wan.pipe.set_attn_processor(routing())
+        replaced = dit_accel.acceleration_of(wan.pipe)
+        assert replaced is not None
+        with replaced:
+            wan.run()
+            assert replaced.report().plan_density == wanted
+    dit_accel.accelerate(wan.pipe, routing(), cache=cache, anchor=Anchor())
+    wan.pipe.set_attn_processor(WanAttnProcessor())
+    stock = dit_accel.acceleration_of(wan.pipe)
+    assert stock is not None and stock.caches.anchor is None and len(stock.caches.engines) == 1
+    stock.remove()

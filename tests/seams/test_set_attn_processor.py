@@ -75,6 +75,24 @@ def test_a_new_recipe_replaces_the_old_one(t2v):
     assert dit_accel.acceleration_of(t2v.pipe).processor.decay == 0.5
 
 
+def test_a_model_of_an_accelerated_pipeline_stands_for_all_of_them(two_experts):
+    """The other expert, the pipeline's clock and the caches stay."""
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    pipe, settings = two_experts.pipe, {"compute_steps": [0, 2], "steps": 4}
+    for processor, decay in ((radial(decay=0.5), 0.5), (WanAttnProcessor(), None)):
+        dit_accel.accelerate(pipe, radial(decay=0.2), cache="static", cache_settings=settings)
+        pipe.transformer_2.set_attn_processor(processor)
+        handle = dit_accel.acceleration_of(pipe)
+        assert handle is dit_accel.acceleration_of(pipe.transformer)
+        with handle:
+            two_experts.run()
+            assert getattr(handle.processor, "decay", None) == decay
+            assert handle.clock.state.steps == 4 and handle.clock.state.expert == "transformer_2"
+            reused = {each.step for each in handle.caches.engines[0].record.decisions if not each.computed}
+            assert reused and reused <= {1, 3}
+
+
 def test_a_recipe_put_on_a_module_by_hand_explains_itself(t2v):
     t2v.pipe.transformer.blocks[0].attn1.processor = radial()
     with pytest.raises(RuntimeError, match=r"set_attn_processor"):
