@@ -16,7 +16,7 @@ from .clock import StepClock, StepState
 from .controls import AttentionControl
 from .densities import by_expert
 from .families import family_of
-from .install import BlockHook, RootInstallation
+from .install import BlockHook, BoundProcessor, RootInstallation
 from .kernels.support import Call, check, choose
 from .layout import TokenLayout
 from .presets import AutoAttnProcessor, Chosen, Completed, facts_of, situation_of
@@ -69,6 +69,7 @@ class Acceleration:
                 f"{', '.join(taken)} is accelerated already; call dit_accel.acceleration_of(...).remove() first"
             )
         self.processor = processor
+        self.controls, self.block_hooks = tuple(controls), tuple(block_hooks)
         self._facts, self._completed = facts_of(roots), completed
         self._choices: dict[str, Chosen] = {}  # by expert, of the latest generation
         self.clock = StepClock(None if isinstance(target, nn.Module) else target)
@@ -86,7 +87,7 @@ class Acceleration:
         self.profile: Profile | None = None
         try:
             for expert, root in roots.items():
-                self._install(root, expert, tuple(controls), tuple(block_hooks))
+                self._install(root, expert)
         except BaseException:
             self.remove()
             raise
@@ -165,12 +166,34 @@ class Acceleration:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def _install(
-        self, root: nn.Module, expert: str, controls: tuple[AttentionControl, ...], hooks: tuple[BlockHook, ...]
-    ) -> None:
+    def replaced(self, target: Any, processor: SparseAttnProcessor | None, anchor: Anchor | None) -> Acceleration:
+        """Everything but the method once more, in the place of this one, which is removed already.
+
+        Args:
+            target: a pipeline or model.
+            processor: the new method; None for none.
+            anchor: of the caches beside it.
+        """
+        caches = [engine.cache for engine in self.caches.engines]
+        return Acceleration(target, processor, self.controls, self.block_hooks, None, caches, anchor, self.timed)
+
+    def owns(self, processor: object) -> bool:
+        """Whether an attention processor is one of those that this put on its models."""
+        sites = (site for installed in self._installed for site in installed.sites.values())
+        return isinstance(processor, BoundProcessor) and any(processor.site is site for site in sites)
+
+    @property
+    def pipeline(self) -> Any | None:
+        """The pipeline, while it has all the models that this is on; None for models alone."""
+        pipeline = self.clock.pipeline
+        return pipeline if all(getattr(pipeline, each.expert, None) is each.root for each in self._installed) else None
+
+    def _install(self, root: nn.Module, expert: str) -> None:
         if self.processor is not None:
             self.processor.check_family(family_of(root))
-        installed = RootInstallation(root, expert, self.clock, controls, hooks, self._before, self._after)
+        installed = RootInstallation(
+            root, expert, self.clock, self.controls, self.block_hooks, self._before, self._after
+        )
         self._installed.append(installed)
         object.__setattr__(root, _HANDLE, self)
         if self.caches:
@@ -199,7 +222,7 @@ class Acceleration:
         if self._steps[0] != state.generation:
             self._steps = (state.generation, set())
         self._steps[1].add(state.step)
-        device = next(installed.root.parameters()).device
+        device = installed.device
         processor = self._recipe(installed, state)
         if self.caches and processor is not None:
             processor = self._beside_caches(processor, state)
@@ -276,12 +299,12 @@ class Acceleration:
             torch.stack([part.to(measures[0].device) for part in measures])
         )
 
-    @staticmethod
-    def _choose_backend(module: Any, processor: SparseAttnProcessor) -> tuple[str, str]:
+    def _choose_backend(self, module: Any, processor: SparseAttnProcessor) -> tuple[str, str]:
         """Name and reason of the backend a module will use; refuses one asked for by name that cannot run here."""
         weight = next(module.parameters())
         head_dim = module.inner_dim // module.heads
-        device, block = weight.device, processor.block
+        device = getattr(self.clock.pipeline, "_execution_device", weight.device)  # offloaded weights are elsewhere
+        block = processor.block
         call = Call(device.type, weight.dtype, head_dim, block, block, device_index=device.index)
         if processor.backend == "auto":
             chosen = choose(call)

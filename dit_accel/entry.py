@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,9 @@ def accelerate(
     found = profile_asked(target, targets, profile, prompts, held_out, beside, call)
     if found is not None:
         cache = found.cache()
+    if found is not None and found.is_off and attention is not None:
+        _warn_of_dense(attention)
+        attention, anchor, completed = None, None, None
     if token_order is not None:
         block_hooks = (TokenPermutation(token_order), *block_hooks)
     root = next(iter(find_roots(target).values()))
@@ -132,6 +136,17 @@ def accelerate(
     return handle
 
 
+def _warn_of_dense(attention: SparseAttnProcessor) -> None:
+    from .quality import ProfileWarning
+
+    warnings.warn(
+        f"dit_accel: attention stays dense as well: no cache was found with which {type(attention).__name__} keeps "
+        "the target; leave out the target and the profile to run it all the same",
+        ProfileWarning,
+        stacklevel=3,
+    )
+
+
 def is_ours(processor: object) -> bool:
     """Whether an object is one of our recipes."""
     ours = (StaticAttnProcessor, DynamicAttnProcessor, OperatorAttnProcessor, AutoAttnProcessor)
@@ -142,34 +157,51 @@ def replace_processor(target: Any, processor: Any) -> None:
     """What ``set_attn_processor`` does on pipelines, and on models for our processors: the new one replaces ours.
 
     Where a pipeline is accelerated, a model of it stands for all of its models: the new method replaces the old one on
-    each. Caches stay, and their anchor as long as the new one is ours; :func:`acceleration_of` gives the handle that
-    they have now.
+    each. Caches, controls and hooks stay, and the anchor as long as the new method is ours; :func:`acceleration_of`
+    gives the handle that they have now.
 
     Raises:
         ValueError: if a cache is on the pipeline that was tuned with the attention it has, or that has an anchor which
-            the new method cannot keep more at. Everything stays as it was.
+            the new method cannot keep more at; and if the new method is refused. The old one stays then.
     """
-    current, whole = acceleration_of(target), target
-    if current is not None and current.clock.pipeline is not None:
-        whole = current.clock.pipeline
+    current = acceleration_of(target)
     if current is not None and current.profile is not None and not current.profile.is_off:
         raise ValueError(
             "the cache on this pipeline was tuned for a quality target with the attention it has; call "
             "dit_accel.acceleration_of(...).remove() first, and tune with the new one beside it"
         )
-    caches: list[Cache] = []
-    anchor = current.caches.anchor if current is not None and is_ours(processor) else None
-    timed = current is not None and current.timed
+    if current is None:
+        _put_on(target, processor)
+        return
+    anchor = current.caches.anchor if is_ours(processor) else None
     if anchor is not None:
         check_anchor(anchor, processor)
-    if current is not None:
-        caches = [engine.cache for engine in current.caches.engines]
-        current.remove()
+    whole = target if current.pipeline is None else current.pipeline
+    before = current.processor, current.caches.anchor
+    stands: dict[Any, dict[str, Any]] = {}
+    current.remove()
+    try:
+        if not is_ours(processor):
+            stands = {root: dict(root.attn_processors) for root in _models(target)}
+            _put_on(target, processor)
+            processor = None
+        if processor is not None or current.caches or current.controls or current.block_hooks:
+            current.replaced(whole, processor, anchor)
+    except BaseException:
+        for root, processors in stands.items():
+            root.set_attn_processor(processors)
+        current.replaced(whole, *before)
+        raise
+
+
+def _put_on(target: Any, processor: Any) -> None:
+    """Sets a processor where nothing of ours is."""
     if is_ours(processor):
-        Acceleration(whole, processor, caches=caches, anchor=anchor, timed=timed)
+        Acceleration(target, processor)
         return
-    root: Any
-    for root in find_roots(target).values():
+    for root in _models(target):
         root.set_attn_processor(dict(processor) if isinstance(processor, dict) else processor)
-    if caches:
-        Acceleration(whole, None, caches=caches, timed=timed)
+
+
+def _models(target: Any) -> list[Any]:
+    return list(find_roots(target).values())

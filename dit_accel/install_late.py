@@ -70,8 +70,18 @@ def _extend_models(module: ModuleType) -> None:
     def set_attn_processor(self: Any, processor: Any) -> None:
         from .acceleration import acceleration_of
         from .entry import is_ours, replace_processor
+        from .install import BoundProcessor
 
-        if is_ours(processor) or acceleration_of(self) is not None:
+        accelerated = acceleration_of(self)
+        if isinstance(processor, dict):
+            # Some pipelines (PAG) and fuse_qkv_projections put back later what they found, which may have been ours.
+            if accelerated is not None and any(map(accelerated.owns, processor.values())):
+                stock(self, processor)
+                return
+            processor = {
+                name: each.stock if isinstance(each, BoundProcessor) else each for name, each in processor.items()
+            }
+        if is_ours(processor) or accelerated is not None:
             replace_processor(self, processor)
             return
         stock(self, processor)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 _EDGE = 1e-6
+_ROUNDING = 1e-3  # by which pure noise of flow matching may be above 1
 _OF_DIFFUSION = ("epsilon", "v_prediction", "sample")  # prediction types; flow matching has its own, or says nothing
 
 
@@ -37,9 +38,9 @@ def read_levels(scheduler: Any) -> list[Level]:
     Args:
         scheduler: of a pipeline, or None.
     """
-    timesteps, sigmas, alphas = (_numbers(scheduler, name) for name in ("timesteps", "sigmas", "alphas_cumprod"))
-    flow = _is_flow(scheduler, sigmas, alphas)
-    if not sigmas and alphas:
+    timesteps, listed, alphas = (_numbers(scheduler, name) for name in ("timesteps", "sigmas", "alphas_cumprod"))
+    flow, sigmas = _is_flow(scheduler, listed, alphas), list[float | None](listed)
+    if not listed and alphas:
         sigmas = [_sigma(alphas[int(t)]) if 0 <= t < len(alphas) else None for t in timesteps]
     return [Level(timestep, sigma, flow) for timestep, sigma in itertools.zip_longest(timesteps, sigmas)]
 
@@ -58,7 +59,7 @@ def log_snr(sigma: float, flow: bool = True) -> float:
         that far.
 
     Raises:
-        ValueError: for a level of flow matching above 1.
+        ValueError: for a level of flow matching above 1, but for rounding.
     """
     share = noise_share(sigma, flow)
     return math.log((1 - share) / share)
@@ -66,7 +67,7 @@ def log_snr(sigma: float, flow: bool = True) -> float:
 
 def noise_share(sigma: float, flow: bool = True) -> float:
     """The part of noise where signal and noise sum to 1, as ``sigma`` itself in flow matching; see :func:`log_snr`."""
-    if flow and sigma > 1:
+    if flow and sigma > 1 + _ROUNDING:
         raise ValueError(f"flow matching has noise levels from 0 to 1; got {sigma:g}")
     share = sigma if flow else sigma / (1 + sigma)
     return min(max(share, _EDGE), 1 - _EDGE)
@@ -77,12 +78,12 @@ def is_pure_noise(sigma: float, flow: bool = True) -> bool:
     return noise_share(sigma, flow) >= 1 - _EDGE
 
 
-def _is_flow(scheduler: Any, sigmas: Sequence[float | None], alphas: Sequence[float]) -> bool:
+def _is_flow(scheduler: Any, sigmas: Sequence[float], alphas: Sequence[float]) -> bool:
     config = getattr(scheduler, "config", None) or {}
     kind = config.get("prediction_type")
     if config.get("use_flow_sigmas") or kind == "flow_prediction":
         return True
-    return not (alphas or kind in _OF_DIFFUSION or any(sigma is not None and sigma > 1 for sigma in sigmas))
+    return not alphas and kind not in _OF_DIFFUSION and max(sigmas, default=0.0) <= 1 + _ROUNDING
 
 
 def _sigma(alpha: float) -> float:

@@ -82,6 +82,16 @@ def test_levels_of_other_objects() -> None:
     assert last == Level(None, 0.0)
 
 
+def test_pure_noise_may_be_above_one_by_rounding() -> None:
+    class Flow:
+        timesteps = torch.tensor([1000.0, 500.0])
+        sigmas = torch.tensor([1.0000001, 0.5, 0.0])
+
+    first, second, _ = read_levels(Flow())
+    assert first.flow and second.flow and first.sigma is not None and first.sigma > 1
+    assert is_pure_noise(first.sigma) and log_snr(first.sigma) == log_snr(1.0)
+
+
 def test_the_clock_reads_levels_anew_when_steps_are_set_anew() -> None:
     class Pipeline:
         scheduler = make("DDIMScheduler", {})

@@ -241,7 +241,7 @@ def situation_of(
         width=largest.inner_dim,
         layers=len(sites),
         steps=state.steps,
-        device=next(installed.root.parameters()).device.type,
+        device=installed.device.type,
         sites=installed.heads_of(kinds),
     )
 

@@ -10,7 +10,8 @@ from ..roots import find_roots
 FEWEST_STEPS = 9
 _FEW_STEP_SCHEDULERS = ("LCM", "TCD", "Lightning", "SCM", "FlashFlowMatch")
 _FEW_STEP_NAMES = re.compile(
-    r"(?<![a-z])(lcm|tcd|lightning|turbo|hyper|schnell|distill(ed)?|causvid|dmd\d?|\d{1,2}[-_ ]?steps?)(?![a-z])"
+    r"(?<![a-z])(lcm|tcd|lightning|turbo|hyper|schnell|distill(ed)?|causvid|dmd\d?)(?![a-z])"
+    r"|(?<![a-z0-9])\d{1,2}[-_ ]?steps?(?![a-z])"
 )
 
 

@@ -77,6 +77,7 @@ class Prospects:
     Args:
         traces: one for each prompt, all of the same steps.
         max_gap: steps from one computed step to the next, at most.
+        dense_steps: first steps that are computed in any case, since sparse attention beside the cache is dense there.
 
     Attributes:
         weights: how much an error at each step weighs in the final latents; 1 until they are fitted.
@@ -85,11 +86,12 @@ class Prospects:
         ValueError: if traces differ in steps or experts.
     """
 
-    def __init__(self, traces: Sequence[Trace], max_gap: int = MAX_GAP) -> None:
+    def __init__(self, traces: Sequence[Trace], max_gap: int = MAX_GAP, dense_steps: int = 0) -> None:
         if not traces or len({(trace.steps, trace.fresh) for trace in traces}) != 1:
             raise ValueError("traces of one schedule are needed, at least one; they differ in steps or experts")
         self.traces, self.steps = tuple(traces), traces[0].steps
-        self.rules = Rules(self.steps, 1, min(max_gap, self.steps), fresh=traces[0].fresh)
+        forced = frozenset(range(min(dense_steps, self.steps)))
+        self.rules = Rules(self.steps, 1, min(max_gap, self.steps), forced, traces[0].fresh)
         self.weights: tuple[float, ...] = (1.0,) * self.steps
         self.variants = tuple(self._variants())
 
@@ -144,7 +146,7 @@ class Prospects:
         """
         best: dict[int, Rung] = {}
         for variant in variants or self.variants:
-            rules = Rules(self.steps, variant.depth, self.rules.max_gap, fresh=self.rules.fresh)
+            rules = replace(self.rules, depth=variant.depth)
             for count, schedule in best_schedules(self._cost(variant), rules).items():
                 spec = CacheSpec(self.steps, variant.scope, variant.predictor, schedule.computed)
                 if count < self.steps and (count not in best or schedule.cost < best[count].predicted):
@@ -153,7 +155,7 @@ class Prospects:
 
     def dynamic(self, variant: Variant) -> Ladder:
         """Thresholds of EasyCache's rule at which decisions change, one for each of some shares of computed steps."""
-        warmup = max(2, math.ceil(0.1 * self.steps))
+        warmup = max(2, math.ceil(0.1 * self.steps), len(self.rules.forced))
         known: dict[float, _Together] = {}  # searches for different shares begin alike
 
         def at(threshold: float) -> _Together:
@@ -180,7 +182,8 @@ class Prospects:
         levels = [Level(call.timestep, call.sigma, call.flow) for call in calls if call.sigma is not None]
         found: dict[int, Rung] = {}
         for threshold in _BY_NOISE if len(levels) == self.steps else ():
-            steps = tuple(sorted({*SnrGap(threshold, PACE).computed_steps(levels), *self.rules.fresh}))
+            computed = SnrGap(threshold, PACE).computed_steps(levels)
+            steps = tuple(sorted({*computed, *self.rules.forced, *self.rules.fresh}))
             predictor = "settled line over steps" if threshold < _LINES else "reuse"
             spec = CacheSpec(self.steps, "output", predictor, steps)
             if len(steps) < self.steps:

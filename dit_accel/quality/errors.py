@@ -108,25 +108,28 @@ class StepErrors:
     def plain(self, history: History, step: int) -> float:
         """The same by predicting every tensor: the definition."""
         squares = []
-        for calls in self._here(step):
+        for calls in self._here(history, step).values():
             kept = [Kept(self._places[at], value_of(calls[at], self._residual)) for at in history]
             predicted = self.predictor.predict(kept, self._places[step])
             squares.append(float((predicted - value_of(calls[step], self._residual)).double().square().mean()))
-        return self._trace.strides[step] * math.sqrt(sum(squares) / len(squares))
+        return self._mean(step, squares)
 
     def _quick(self, history: History, step: int) -> float:
         weights = coefficients(self.predictor, [self._places[at] for at in history], self._places[step])
         signed = torch.cat([weights, -torch.ones(1, dtype=torch.float64)])
         squares = []
-        for branch, calls in self._calls.items():
-            if step in calls:
-                order = list(calls)
-                at = torch.tensor([order.index(s) for s in (*history, step)])
-                squares.append(max(float(signed @ self._products[branch][at][:, at] @ signed), 0.0))
-        return self._trace.strides[step] * math.sqrt(sum(squares) / len(squares))
+        for branch, calls in self._here(history, step).items():
+            order = list(calls)
+            at = torch.tensor([order.index(s) for s in (*history, step)])
+            squares.append(max(float(signed @ self._products[branch][at][:, at] @ signed), 0.0))
+        return self._mean(step, squares)
 
-    def _here(self, step: int) -> list[dict[int, TracedCall]]:
-        return [calls for calls in self._calls.values() if step in calls]
+    def _here(self, history: History, step: int) -> dict[tuple[str, str], dict[int, TracedCall]]:
+        """The branches that are predicted: one that had no call at a computed step is computed itself."""
+        return {branch: calls for branch, calls in self._calls.items() if calls.keys() >= {*history, step}}
+
+    def _mean(self, step: int, squares: list[float]) -> float:
+        return self._trace.strides[step] * math.sqrt(sum(squares) / len(squares)) if squares else 0.0
 
 
 def _by_branch(trace: Trace) -> dict[tuple[str, str], dict[int, TracedCall]]:

@@ -76,7 +76,7 @@ class ProfileGuard:
             self._generation = None
             raise ValueError(
                 f"the profile was made for {made.steps} steps and this run has {state.steps}; run with "
-                f"num_inference_steps={made.steps}, or {HOW_TO_TUNE}"
+                f"num_inference_steps={self.profile.asked_steps}, or {HOW_TO_TUNE}"
             )
         here = self._key.of_run(state.steps, state.layout.grid, guidance_of(self._pipe()))
         self._say([text for text in made.differences(here) if text not in made.model_differences(here)])

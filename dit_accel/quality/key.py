@@ -15,6 +15,7 @@ from torch import nn
 
 from ..roots import find_roots
 
+Guidance = tuple[float | None, float | None]
 UNKNOWN = "unknown"
 _LOOKED_AT = 8  # weights whose first values make the fingerprint
 
@@ -36,6 +37,7 @@ class Key:
         frames: token frames; 1 for images.
         size: tokens in height and width.
         guidance: scale of guidance.
+        guidance_2: that of a second expert (Wan 2.2).
     """
 
     pipeline: str
@@ -50,10 +52,13 @@ class Key:
     frames: int | None = None
     size: tuple[int, int] | None = None
     guidance: float | None = None
+    guidance_2: float | None = None
 
-    def of_run(self, steps: int | None, grid: tuple[int, int, int], guidance: float | None) -> Key:
-        """The same model in one generation."""
-        return replace(self, steps=steps, frames=grid[0], size=(grid[1], grid[2]), guidance=guidance)
+    def of_run(self, steps: int | None, grid: tuple[int, int, int], guidance: Guidance) -> Key:
+        """The same model in one generation; ``guidance`` as :func:`guidance_of` tells it."""
+        return replace(
+            self, steps=steps, frames=grid[0], size=(grid[1], grid[2]), guidance=guidance[0], guidance_2=guidance[1]
+        )
 
     def model_differences(self, other: Key) -> list[str]:
         """What differs in the model itself, in words, see :meth:`differences`."""
@@ -65,7 +70,7 @@ class Key:
     def differences(self, other: Key) -> list[str]:
         """What differs in another run, in words; sizes differ once they leave the bucket."""
         found = self.model_differences(other)
-        for name in ("steps", "frames", "guidance"):
+        for name in ("steps", "frames", "guidance", "guidance_2"):
             if not _same(getattr(self, name), getattr(other, name)):
                 found.append(_said(name, self, other))
         if self.size and other.size and not same_bucket(self.size, other.size):
@@ -87,7 +92,9 @@ class Key:
         if not isinstance(values, Mapping) or set(values) != known:
             raise ValueError(f"the key of a profile has the entries {', '.join(sorted(known))}")
         size = values["size"]
-        kinds: dict[str, Any] = dict.fromkeys(("steps", "frames"), int) | dict.fromkeys(("shift", "guidance"), Real)
+        kinds: dict[str, Any] = dict.fromkeys(("steps", "frames"), int) | dict.fromkeys(
+            ("shift", "guidance", "guidance_2"), Real
+        )
         for name in known - {"size"}:
             if not isinstance(values[name], kinds.get(name, str)) and (name not in kinds or values[name] is not None):
                 raise ValueError(f"{name} of the key is {values[name]!r}")
@@ -125,10 +132,14 @@ def key_of(pipe: Any, attention: str = "stock") -> Key:
     )
 
 
-def guidance_of(pipe: Any) -> float | None:
-    """The scale of guidance of the call that is running or ran last; None if the pipeline has none."""
-    value = getattr(pipe, "_guidance_scale", None)
-    return float(value) if isinstance(value, (int, float)) else None
+def guidance_of(pipe: Any) -> Guidance:
+    """The scale of guidance of the call that is running or ran last, and that of a second expert; None for neither.
+
+    Some pipelines change it from step to step; what it was when a generation began is the one to compare.
+    """
+    values = (getattr(pipe, name, None) for name in ("_guidance_scale", "_guidance_scale_2"))
+    first, second = (float(value) if isinstance(value, (int, float)) else None for value in values)
+    return first, second
 
 
 def _config_of(part: Any) -> dict[str, Any]:

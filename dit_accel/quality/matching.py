@@ -10,14 +10,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .key import Key, key_of
+from .key import Key, key_of, same_bucket
 from .profile import HOW_TO_TUNE, Profile, ProfileWarning, load_profile
-from .request import attention_of, settled
+from .request import attention_of, settled, steps_of
 from .target import Target
 from .tuning import tune
 
 FOLDER = "DIT_ACCEL_PROFILES"
 """Environment variable that names the folder of saved profiles."""
+_CHOOSING = (
+    "height",
+    "width",
+    "num_frames",
+    "guidance_scale",
+    "guidance_scale_2",
+)  # arguments of calls that must agree
 
 
 def profiles_folder() -> Path:
@@ -50,8 +57,8 @@ def profile_for(
         prompts: to tune on, where nothing is saved.
         held_out: likewise, for the last check.
         beside: other arguments of ``accelerate()``, see :func:`.tune`.
-        **call: arguments of the pipeline's call and settings of :func:`.tune`. ``num_inference_steps``, where given,
-            also chooses among saved profiles.
+        **call: arguments of the pipeline's call and settings of :func:`.tune`. Steps, size, frames and guidance, where
+            given, also choose among saved profiles; with ``force`` those that are off are passed over.
 
     Raises:
         ValueError: if nothing is saved and no prompts are given, saying how to tune; if several saved profiles fit; if
@@ -66,9 +73,12 @@ def profile_for(
         return found
     beside = settled(pipe, beside)
     place = Path(folder).expanduser() if folder is not None else profiles_folder()
-    saved = matching(place, key_of(pipe, attention_of(beside)), target, call.get("num_inference_steps"))
+    wanted = dict(call)
+    if prompts:  # what would be tuned has the pipeline's own number of steps
+        wanted.setdefault("num_inference_steps", steps_of(pipe, call))
+    saved = matching(place, key_of(pipe, attention_of(beside)), target, wanted)
     if len(saved) > 1:
-        names = ", ".join(f"'{path}' ({each.key.steps} steps)" for path, each in saved)
+        names = ", ".join(f"'{path}' ({each.asked_steps} steps)" for path, each in saved)
         raise ValueError(f"several profiles fit: {names}; choose one by profile='...'")
     if saved:
         return saved[0][1]
@@ -80,14 +90,16 @@ def profile_for(
     return _tuned(pipe, target, place, prompts, held_out or (), beside, call)
 
 
-def matching(folder: Path, key: Key, target: Target, steps: int | None = None) -> list[tuple[Path, Profile]]:
+def matching(
+    folder: Path, key: Key, target: Target, call: Mapping[str, Any] | None = None
+) -> list[tuple[Path, Profile]]:
     """Saved profiles of a model and a target; files that are none are passed over with a warning.
 
     Args:
         folder: where they lie.
         key: of the model.
         target: what they keep.
-        steps: number of sampling steps they are for; None for any.
+        call: what is known of the call they are to be for, see :func:`profile_for`.
     """
     found = []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
@@ -97,9 +109,22 @@ def matching(folder: Path, key: Key, target: Target, steps: int | None = None) -
             warnings.warn(f"dit_accel: passed over: {error}", ProfileWarning, stacklevel=2)
             continue
         fits = profile.target == target and not profile.key.model_differences(key)
-        if fits and (steps is None or profile.key.steps in (None, steps)):
+        if fits and _is_for(profile, call or {}):
             found.append((path, profile))
     return found
+
+
+def _is_for(profile: Profile, call: Mapping[str, Any]) -> bool:
+    """Whether a profile was tuned with such a call, as far as both are known."""
+    steps, saved = call.get("num_inference_steps"), profile.settings.get("call", {})
+    if (profile.is_off and call.get("force")) or (steps is not None and profile.asked_steps not in (None, steps)):
+        return False
+    both = {name: (saved[name], call[name]) for name in _CHOOSING if None not in (saved.get(name), call.get(name))}
+    if {"height", "width"} <= both.keys():
+        sizes = zip(both.pop("height"), both.pop("width"), strict=True)
+        if not same_bucket(*sizes):
+            return False
+    return all(then == now for then, now in both.values())
 
 
 def file_name(profile: Profile) -> str:

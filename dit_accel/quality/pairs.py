@@ -100,6 +100,10 @@ def _lpips(frames: Tensor, reference: Tensor) -> float | None:
         return None
 
 
+class BeyondFloor(ValueError):
+    """A target asks for more than dense runs keep among themselves."""
+
+
 @dataclass(frozen=True)
 class NoiseFloor:
     """How far apart dense runs from the same noise are: no cache can be told to be nearer.
@@ -126,14 +130,14 @@ class NoiseFloor:
         """Refuses a target that dense runs do not meet among themselves.
 
         Raises:
-            ValueError: naming the floor.
+            BeyondFloor: naming the floor.
         """
         if target.is_time:
             return
         floor = {"psnr": self.psnr, "ssim": self.ssim, "rel_error": self.rel_error}[target.kind]
         if target.score(floor) < target.wanted:
             unit = " dB" if target.kind == "psnr" else ""
-            raise ValueError(
+            raise BeyondFloor(
                 f"{target.keyword}={target.value:g} is beyond the noise floor: two dense runs from the same noise "
                 f"reach {floor:.4g}{unit} only. Ask for less, or make the kernels deterministic "
                 "(torch.use_deterministic_algorithms(True))"
@@ -201,6 +205,12 @@ class Bench:
         pair = compare(self.prompts[number], reference, cached, self._perceptual)
         found = self._pairs[spec, number] = replace(pair, dense_seconds=dense_seconds)
         return found
+
+    def dense_steps(self, steps: int) -> int:
+        """First steps at which sparse attention beside the cache is dense, so that nothing is reused either."""
+        method = self._beside.get("attention")
+        schedule = getattr(method, "schedule", None)
+        return 0 if schedule is None else int(schedule.dense_step_count(steps))
 
     def measured(self) -> dict[CacheSpec, list[Pair]]:
         """Every cache that was run, and its pairs."""

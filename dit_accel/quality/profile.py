@@ -42,7 +42,7 @@ class Profile:
         noise_floor: PSNR, SSIM and relative error between dense runs from the same noise.
         candidates: one record for each cache that was run, the fastest first: ``cache`` and ``verdict`` in words,
             ``speed_up``, and ``worst`` and ``median`` of each metric over the prompts it was run on.
-        settings: what tuning was told: margin, prompts, seed and the settings of the call.
+        settings: what tuning was told: margin, prompts, seed, the settings of the call and its steps.
         alarms: what is to be looked at, in words, such as lost motion.
     """
 
@@ -60,6 +60,12 @@ class Profile:
     def is_off(self) -> bool:
         """Whether it says to run dense."""
         return self.spec is None
+
+    @property
+    def asked_steps(self) -> int | None:
+        """The ``num_inference_steps`` it was tuned with; some samplers (PNDM, Heun) make more steps of them."""
+        asked: int | None = self.settings.get("asked_steps")
+        return self.key.steps if asked is None else asked
 
     def cache(self) -> Cache | None:
         """The recipe for ``accelerate(pipe, cache=...)``; None, with a warning that says why, if it is off."""

@@ -103,6 +103,10 @@ class Sampler:
         return time.perf_counter()
 
 
+class NotFinite(ValueError):
+    """A generation came to NaN or infinity."""
+
+
 def as_frames(output: Any) -> Tensor:
     """A pipeline's video ``[1, F, 3, H, W]`` or image ``[1, 3, H, W]`` as ``[F, 3, H, W]`` float32 on the CPU.
 
@@ -117,5 +121,5 @@ def as_frames(output: Any) -> Tensor:
         )
     frames = (output[0] if output.ndim == 5 else output).detach().float().cpu()
     if not bool(torch.isfinite(frames).all()):
-        raise ValueError("the pipeline gave NaN or infinity; try torch_dtype=torch.float32 or torch.bfloat16")
+        raise NotFinite("the pipeline gave NaN or infinity; try torch_dtype=torch.float32 or torch.bfloat16")
     return frames.clamp(0, 1)

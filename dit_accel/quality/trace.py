@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..acceleration import Acceleration
 from ..caching.predictors.base import Place
 from ..roots import find_roots
+from .key import Guidance, guidance_of
 
 WIDE = 1 << 30  # bytes of traces up to which float32 is kept
 
@@ -55,9 +57,10 @@ class Trace:
     Attributes:
         calls: in order.
         steps: number of sampling steps.
-        strides: by step, how far the sampler goes: the change of sigma, or 1 / steps where there is none.
+        strides: by step, how far an error moves the sampler, see :func:`strides_of`.
         grid: tokens along (frames, height, width).
         extent: root mean square of the final latents; 0 if unknown.
+        guidance: scales of guidance when the generation began, see :func:`.guidance_of`.
     """
 
     calls: tuple[TracedCall, ...]
@@ -65,6 +68,7 @@ class Trace:
     strides: tuple[float, ...]
     grid: tuple[int, int, int]
     extent: float = 0.0
+    guidance: Guidance = (None, None)
 
     @property
     def bytes(self) -> int:
@@ -99,6 +103,8 @@ class TraceRecorder:
     _calls: list[TracedCall] = field(default_factory=list)
     _listed: tuple[int | None, list[float]] = (None, [])
     _grid: tuple[int, int, int] = (1, 1, 1)
+    _predicts: str | None = None
+    _guidance: Guidance = (None, None)
 
     def trace(self, final_latents: Tensor | None = None) -> Trace:
         """What was recorded, and an empty recorder for the next generation.
@@ -118,7 +124,8 @@ class TraceRecorder:
                 + (f"steps {missing} are missing" if calls else "the model was not called")
             )
         extent = 0.0 if final_latents is None else float(final_latents.float().square().mean().sqrt())
-        return Trace(calls, steps, strides_of(self._listed[1], steps), self._grid, extent)
+        strides = strides_of(self._listed[1], steps, self._predicts)
+        return Trace(calls, steps, strides, self._grid, extent, self._guidance)
 
     def add(self, acceleration: Acceleration, expert: str, latents: Tensor, output: Tensor) -> None:
         """Takes note of one call that has just ended."""
@@ -138,6 +145,7 @@ class TraceRecorder:
         self._grid = state.layout.grid
         if state.ordinal == 0:
             self._listed = (state.steps, _listed_sigmas(acceleration, state.steps))
+            self._predicts, self._guidance = _predicts(acceleration), guidance_of(acceleration.clock.pipeline)
 
     def _kept(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", self.dtype, copy=True)
@@ -179,18 +187,36 @@ def _listed_sigmas(acceleration: Acceleration, steps: int | None) -> list[float]
     return [sigma for sigma in found if sigma is not None]
 
 
-def strides_of(sigmas: Sequence[float], steps: int) -> tuple[float, ...]:
-    """How far a first-order sampler goes at each step, from the noise levels a scheduler lists.
+def _predicts(acceleration: Acceleration) -> str | None:
+    """What the outputs of a diffusion model are, as its scheduler says; None for flow matching."""
+    scheduler = getattr(acceleration.clock.pipeline, "scheduler", None)
+    said = (getattr(scheduler, "config", None) or {}).get("prediction_type")
+    return None if acceleration.clock.level(0).flow else said
+
+
+def strides_of(sigmas: Sequence[float], steps: int, predicts: str | None = None) -> tuple[float, ...]:
+    """How far an error of the output moves a first-order sampler at each step, from the noise levels.
+
+    In latents ``signal + sigma noise`` a step adds the noise it believes in times the change of sigma. A ``v`` is off
+    by ``sqrt(1 + sigma^2)`` times as much as that noise, a predicted signal by ``sigma`` times. Calls at one level, as
+    samplers of higher order make them, share the way to the next one.
 
     Args:
         sigmas: one for each step, and the one at the end if it is listed; otherwise it ends at 0.
         steps: number of steps.
+        predicts: ``prediction_type`` of a diffusion model; None for flow matching.
 
     Returns:
-        ``|sigma[s + 1] - sigma[s]|``, or 1 / steps throughout where nothing or something else is listed.
+        ``|sigma[s + 1] - sigma[s]|``, over these factors, or 1 / steps throughout where nothing or something else is
+        listed.
     """
     levels = [*sigmas, 0.0] if len(sigmas) == steps else list(sigmas)
-    found = [abs(after - before) for before, after in itertools.pairwise(levels)]
+    found: list[float] = []
+    for _, equal in itertools.groupby(range(len(levels) - 1), key=levels.__getitem__):
+        calls = list(equal)
+        here, way = levels[calls[0]], abs(levels[calls[-1] + 1] - levels[calls[0]])
+        factor = {"v_prediction": math.hypot(1, here), "sample": max(here, 1e-6)}.get(predicts or "", 1.0)
+        found += [way / factor / len(calls)] * len(calls)
     return tuple(found) if len(found) == steps and sum(found) > 0 else (1 / steps,) * steps
 
 

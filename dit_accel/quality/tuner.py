@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from .amplification import fit_weights
 from .candidates import KINDS, Ladder, Prospects, Rung
 from .climb import last_good
-from .key import Key, guidance_of
+from .key import Key
 from .margin import lower_bound
 from .pairs import Bench, Pair, alarms, describe_floor, records, speed_up, summary
 from .profile import Profile
-from .request import Margins
+from .request import Margins, steps_of
+from .sampling import NotFinite
 from .spec import CacheSpec
 from .target import Target
 from .trace import Trace, recording, trace_dtype
@@ -65,14 +68,14 @@ class Tuner:
         if not self.traces:
             self.traces += self._trace()
         trace = self.traces[0]
-        self.key = self.key.of_run(trace.steps, trace.grid, guidance_of(self.sampler.pipe))
+        self.key = self.key.of_run(trace.steps, trace.grid, trace.guidance)
         if not self.bench.floor.runs:
             self.bench.run_dense(0)
         self.tell(f"noise floor: {describe_floor(self.bench.floor)}")
         self.bench.floor.check(self.target)
         if self.target.is_time and (dense := self.bench.run_dense(0).seconds) <= self.target.value:
             return self.off(f"dense takes {dense:.3g} s, which is fast enough")
-        prospects = Prospects(self.traces)
+        prospects = Prospects(self.traces, dense_steps=self.bench.dense_steps(trace.steps))
         nothing = f"{trace.steps} steps leave nothing to reuse"
         if not prospects.static().rungs:
             return self.off(nothing)
@@ -117,10 +120,14 @@ class Tuner:
         errors, finals, scores = [], [], []
         for spec in prospects.probes():
             for number in range(min(_PROBE_PROMPTS, self.tuned)):
-                pair = self._run(spec, number)
+                pair = self._attempt(spec, number)
+                if pair is None:
+                    break
                 errors.append(prospects.relative_errors(spec, number))
                 finals.append(pair.rel_error)
                 scores.append(pair.score(self.target))
+        if not errors:
+            return 0.0
         try:
             prospects.weights = tuple(fit_weights(np.array(errors), np.array(finals)).tolist())
         except ValueError:  # every probe is bit-equal to dense, so any weights will do
@@ -148,6 +155,9 @@ class Tuner:
                 shorts.append(short)
             if not shorts:
                 break
+            if math.isinf(min(shorts)):
+                last = "what keeps the target on the prompts tuned on fails on those held out"
+                continue
             last = f"what keeps the target on the prompts tuned on misses it by {min(shorts):.2f} dB on those held out"
             extra = max(extra, min(shorts))
         if best is not None:
@@ -183,7 +193,10 @@ class Tuner:
         """Whether the prompts tuned on keep the target, with margin; the first one that fails ends it."""
         wanted, scores = self.target.wanted + extra, []
         for number in range(self.tuned):
-            scores.append(self._run(rung.spec, number, timed=number == 0).score(self.target))
+            pair = self._attempt(rung.spec, number, timed=number == 0)
+            if pair is None:
+                return False
+            scores.append(pair.score(self.target))
             if scores[-1] < wanted:
                 break
         bound = lower_bound(scores, self.margins.coverage if len(scores) == self.tuned > 1 else None)
@@ -194,9 +207,12 @@ class Tuner:
         return keeps
 
     def _shortfall(self, rung: Rung) -> float:
-        """By how many decibels held-out prompts miss the target, or all prompts together the margin."""
+        """By how many decibels held-out prompts miss the target, or all prompts the margin; infinite if one fails."""
         numbers = range(self.tuned, len(self.prompts))
-        held_out = [self._run(rung.spec, number, timed=True).score(self.target) for number in numbers]
+        pairs = [self._attempt(rung.spec, number, timed=True) for number in numbers]
+        held_out = [pair.score(self.target) for pair in pairs if pair is not None]
+        if len(held_out) < len(pairs):
+            return math.inf
         tuned = [self._run(rung.spec, number).score(self.target) for number in range(self.tuned)]
         bound = lower_bound([*tuned, *held_out], self.margins.coverage)
         self._bounds[rung.spec] = bound
@@ -237,9 +253,9 @@ class Tuner:
             if not found:
                 break
             for rung in sorted(found, key=self._worst_score, reverse=True):
-                held_out = [self._run(rung.spec, n, timed=True) for n in range(self.tuned, len(self.prompts))]
-                seconds = statistics.median(pair.seconds for pair in held_out)
-                if seconds <= self.target.value:
+                held_out = [self._attempt(rung.spec, n, timed=True) for n in range(self.tuned, len(self.prompts))]
+                seconds = statistics.median(math.inf if pair is None else pair.seconds for pair in held_out)
+                if None not in held_out and seconds <= self.target.value:
                     return self._finish(rung.spec)
                 self._verdicts[rung.spec] = _FAILED
                 last = f"what is fast enough on the prompts tuned on takes {seconds:.3g} s on those held out"
@@ -258,7 +274,10 @@ class Tuner:
 
     def _is_fast(self, rung: Rung) -> bool:
         """Whether a call takes no longer than asked for; the median, since all prompts take the same but for noise."""
-        seconds = statistics.median(self._run(rung.spec, number).seconds for number in range(self.tuned))
+        pairs = [pair for number in range(self.tuned) if (pair := self._attempt(rung.spec, number)) is not None]
+        if len(pairs) < self.tuned:
+            return False
+        seconds = statistics.median(pair.seconds for pair in pairs)
         fast = seconds <= self.target.value
         self._verdicts[rung.spec] = "fast enough" if fast else "too slow"
         self.tell(f"takes {seconds:.3g} s: {rung.spec.describe()}")
@@ -288,6 +307,15 @@ class Tuner:
     def _run(self, spec: CacheSpec, number: int, timed: bool = False) -> Pair:
         return self.bench.pair(spec, number, timed)
 
+    def _attempt(self, spec: CacheSpec, number: int, timed: bool = False) -> Pair | None:
+        """As :meth:`_run`; None, aloud, where a cache comes to NaN or takes more memory than there is."""
+        try:
+            return self._run(spec, number, timed)
+        except (NotFinite, torch.OutOfMemoryError) as error:
+            self._verdicts[spec] = _FAILED
+            self.tell(f"fails ({str(error).partition(chr(10))[0]}): {spec.describe()}")
+            return None
+
     def _expected_time(self, rung: Rung) -> float:
         """Over that of dense: one timing is noise, so what a skipped step costs is pooled over all runs of a scope."""
         costs = []
@@ -309,14 +337,22 @@ class Tuner:
             )
         pairs = [*(self._run(spec, number) for number in range(self.tuned)), *held_out]
         self._verdicts[spec] = "chosen"
-        worst = min(pairs, key=lambda pair: pair.score(self.target))
         kind = "most exact of those fast enough" if self.target.is_time else "fastest of those that keep the target"
         reason = (
-            f"the {kind}: {spec.describe()}; {speed:.2f} times as fast as dense, at least {worst.psnr:.2f} dB PSNR on "
-            f"{len(pairs)} prompts, {len(held_out)} of them held out"
+            f"the {kind}: {spec.describe()}; {speed:.2f} times as fast as dense, {self._kept(pairs)} on {len(pairs)} "
+            f"prompts, {len(held_out)} of them held out"
         )
         self.tell(f"chosen: {reason}")
         return self._made(spec, reason, pairs)
+
+    def _kept(self, pairs: Sequence[Pair]) -> str:
+        """The worst of all pairs, by what the target is about and by PSNR."""
+        said = f"at least {min(pair.psnr for pair in pairs):.2f} dB PSNR"
+        if self.target.kind == "ssim":
+            return f"an SSIM of at least {min(pair.ssim for pair in pairs):.4f}, {said}"
+        if self.target.kind == "rel_error":
+            return f"a relative error of at most {max(pair.rel_error for pair in pairs):.3g}, {said}"
+        return said
 
     def _made(self, spec: CacheSpec | None, reason: str, pairs: Sequence[Pair]) -> Profile:
         measured: dict[str, Any] = {}
@@ -352,6 +388,7 @@ class Tuner:
             "held_out": list(self.prompts[self.tuned :]),
             "seed": self.sampler.seed,
             "call": dict(self.sampler.settings),
+            "asked_steps": steps_of(self.sampler.pipe, self.sampler.settings),
             "generations": dict(self.bench.runs),
             "left_out": dict(self._notes),
         }

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..acceleration import acceleration_of
+from ..entry import accelerate
 from .automatic import reason_to_stay_off
 from .candidates import KINDS
 from .key import key_of
-from .pairs import Bench
+from .pairs import Bench, BeyondFloor
 from .profile import Profile, ProfileWarning
 from .request import Margins, attention_of, check_prompts, settled, steps_of
 from .sampling import Sampler
@@ -136,6 +137,8 @@ def tune_all(
     if acceleration_of(pipe) is not None:
         raise ValueError("the pipeline is accelerated already; call dit_accel.acceleration_of(pipe).remove() first")
     beside = settled(pipe, beside)
+    if beside:  # what cannot be put on is better known before hours of dense runs
+        accelerate(pipe, **beside).remove()
     bench = Bench(Sampler(pipe, call, seed), (*prompts, *held_out), beside)
     key, reason = key_of(pipe, attention_of(beside)), None if force else reason_to_stay_off(pipe, steps_of(pipe, call))
     profiles: dict[int, Profile] = {}
@@ -143,13 +146,23 @@ def tune_all(
     for number in sorted(range(len(targets)), key=lambda each: (targets[each].kind, -targets[each].wanted)):
         target = targets[number]
         tuner = Tuner(target, margins, bench, len(prompts), key, tell or _silent, tuple(kinds), traces)
-        profile = tuner.off(f"{reason}; force=True tunes all the same") if reason else tuner.profile()
+        profile = tuner.off(f"{reason}; force=True tunes all the same") if reason else _tuned(tuner, len(targets))
         faster = _faster(profile, profiles.values())
         profiles[number] = profile = profile if faster is None else tuner.adopt(faster)
         if profile.is_off:
             text = f"dit_accel: no cache keeps {target.describe()}: {profile.reason}"
             warnings.warn(text, ProfileWarning, stacklevel=3)
     return [profiles[number] for number in range(len(targets))]
+
+
+def _tuned(tuner: Tuner, targets: int) -> Profile:
+    """Of several targets one beyond the noise floor is off; a single one is refused."""
+    try:
+        return tuner.profile()
+    except BeyondFloor as error:
+        if targets == 1:
+            raise
+        return tuner.off(str(error))
 
 
 def _faster(profile: Profile, stricter: Iterable[Profile]) -> CacheSpec | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dit_accel.caching.policies import SnrGap
+from dit_accel.caching.predictors import Reuse
 from dit_accel.caching.presets.snr_gap import PACE
 from dit_accel.noise import Level
 from dit_accel.quality.candidates import KINDS, Prospects
@@ -88,6 +89,26 @@ def test_without_noise_levels_there_are_no_steps_by_noise() -> None:
     prospects = Prospects(with_levels([None] * 16, flow=True))
     assert prospects.by_noise().rungs == ()
     assert "steps by noise" not in {ladder.name for ladder in prospects.ladders()}
+
+
+def test_steps_that_sparse_attention_leaves_dense_are_computed() -> None:
+    prospects = Prospects(TRACES, dense_steps=4)
+    for ladder in prospects.ladders():
+        for rung in ladder.rungs:
+            assert rung.spec.computed is None or {0, 1, 2, 3} <= set(rung.spec.computed)
+            assert rung.spec.computed is not None or rung.spec.warmup >= 4
+
+
+def test_a_branch_that_is_called_at_some_steps_alone() -> None:
+    """As SD3 calls its model once more in the first fifth, where it skips layers for guidance."""
+    more = []
+    for trace in TRACES:
+        more.append(replace(trace, calls=tuple(c for c in trace.calls if c.branch == "cond" or 2 <= c.step < 5)))
+    for trace in more:
+        errors = StepErrors(trace, Reuse(), residual=False)
+        for history, step in (((0,), 1), ((1,), 2), ((2,), 3), ((1,), 3), ((4,), 5)):
+            assert errors(history, step) == pytest.approx(errors.plain(history, step), rel=1e-6)
+    assert all(ladder.rungs for ladder in Prospects(more).ladders())
 
 
 def test_another_expert_is_computed_first() -> None:

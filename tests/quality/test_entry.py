@@ -103,6 +103,15 @@ def test_a_profile_that_is_off_is_dense_at_any_number_of_steps(pipe: TinyPipelin
         assert torch.equal(run(pipe, num_inference_steps=9), stock)
 
 
+def test_sparse_attention_that_kept_no_target_is_left_out(pipe: TinyPipeline) -> None:
+    stock = run(pipe)
+    with pytest.warns(ProfileWarning) as told:
+        handle = dit_accel.accelerate(pipe, "compensated", profile=profile_of(pipe, spec=None, reason="too far off"))
+    assert any("attention stays dense as well" in str(each.message) for each in told)
+    with handle:
+        assert handle.processor is None and torch.equal(run(pipe), stock)
+
+
 def test_a_refused_profile_leaves_the_pipeline_as_it_was(pipe: TinyPipeline) -> None:
     other = profile_of(pipe)
     other = replace(other, key=replace(other.key, scheduler="Other"))
@@ -114,7 +123,7 @@ def test_a_refused_profile_leaves_the_pipeline_as_it_was(pipe: TinyPipeline) -> 
 
 def test_a_method_is_the_same_however_it_is_named(pipe: TinyPipeline) -> None:
     given: dict[str, Any] = {"attention": "radial", "block": 64, "preset": None}
-    key = key_of(pipe, attention_of(settled(pipe, given))).of_run(12, (2, 3, 3), 2.0)
+    key = key_of(pipe, attention_of(settled(pipe, given))).of_run(12, (2, 3, 3), (2.0, None))
     profile = replace(profile_of(pipe), key=key)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ProfileWarning)

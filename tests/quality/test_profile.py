@@ -25,6 +25,7 @@ from dit_accel.quality.profile import Profile, ProfileWarning, load_profile
 from dit_accel.quality.sampling import Sampler
 from dit_accel.quality.spec import CacheSpec
 from dit_accel.quality.target import Target
+from dit_accel.quality.tuning import tune
 
 from .conftest import HELD_OUT, PROMPTS, TinyPipeline
 
@@ -33,7 +34,7 @@ TARGET = Target("psnr", 28.0)
 
 
 def profile_of(pipe: TinyPipeline, **changes: Any) -> Profile:
-    key = key_of(pipe).of_run(12, (2, 3, 3), 2.0)
+    key = key_of(pipe).of_run(12, (2, 3, 3), (2.0, None))
     given: dict[str, Any] = {"target": TARGET, "key": key, "spec": SPEC, "reason": "it is good"} | changes
     return Profile(**given)
 
@@ -132,10 +133,10 @@ def test_keys_tell_models_apart(pipe: TinyPipeline) -> None:
 
 
 def test_runs_differ_in_what_matters(pipe: TinyPipeline) -> None:
-    made = key_of(pipe).of_run(50, (21, 30, 52), 5.0)
+    made = key_of(pipe).of_run(50, (21, 30, 52), (5.0, None))
     assert made.differences(made) == []
-    assert made.differences(key_of(pipe).of_run(50, (21, 32, 50), 5.0)) == []
-    other = key_of(pipe).of_run(40, (9, 45, 80), 1.0)
+    assert made.differences(key_of(pipe).of_run(50, (21, 32, 50), (5.0, None))) == []
+    other = key_of(pipe).of_run(40, (9, 45, 80), (1.0, None))
     text = made.differences(other)
     assert text[0] == "steps 40 in place of 50" and text[1] == "frames 9 in place of 21"
     assert text[2] == "guidance 1.0 in place of 5.0" and text[3].startswith("size (45, 80)")
@@ -231,11 +232,50 @@ def test_the_saved_profile_that_fits_is_found(pipe: TinyPipeline, tmp_path: Path
 
 def test_several_that_fit_are_told_apart_by_steps(pipe: TinyPipeline, tmp_path: Path) -> None:
     for steps in (12, 30):
-        made = profile_of(pipe, key=key_of(pipe).of_run(steps, (2, 3, 3), 2.0))
+        made = profile_of(pipe, key=key_of(pipe).of_run(steps, (2, 3, 3), (2.0, None)))
         made.save(tmp_path / file_name(made))
     with pytest.raises(ValueError, match=r"several profiles fit.*profile="):
         profile_for(pipe, TARGET, folder=tmp_path)
     assert profile_for(pipe, TARGET, folder=tmp_path, num_inference_steps=30).key.steps == 30
+
+
+def test_a_profile_that_is_off_for_few_steps_says_nothing_of_more(pipe: TinyPipeline, tmp_path: Path) -> None:
+    few = tune(pipe, target_psnr=28, prompts=PROMPTS, held_out=HELD_OUT, num_inference_steps=8)
+    assert few.is_off and few.asked_steps == 8
+    few.save(tmp_path / file_name(few))
+    key = key_of(pipe)
+    assert len(matching(tmp_path, key, TARGET, {"num_inference_steps": 8})) == 1
+    assert matching(tmp_path, key, TARGET, {"num_inference_steps": 50}) == []
+    assert matching(tmp_path, key, TARGET, {"num_inference_steps": 8, "force": True}) == []
+    call: dict[str, Any] = {"min_speed_up": 0.01, "coverage": None, "kinds": ("listed steps",)}
+    made = profile_for(pipe, TARGET, folder=tmp_path, prompts=PROMPTS, held_out=HELD_OUT, **call)
+    assert made.asked_steps == 10  # the pipeline's own number
+
+
+@pytest.mark.parametrize(
+    ("call", "fits"),
+    [
+        ({}, True),
+        ({"height": 480, "width": 832, "guidance_scale": 5.0}, True),
+        ({"height": 512, "width": 768}, True),
+        ({"height": 720, "width": 1280}, False),
+        ({"num_frames": 33}, False),
+        ({"guidance_scale": 3.0}, False),
+        ({"num_inference_steps": 6}, True),
+        ({"num_inference_steps": 7}, False),
+    ],
+)
+def test_saved_profiles_are_chosen_by_the_call(
+    pipe: TinyPipeline, tmp_path: Path, call: dict[str, Any], fits: bool
+) -> None:
+    """The steps are those that were asked for, which PNDM makes one more of."""
+    saved = {"height": 480, "width": 832, "num_frames": 81, "guidance_scale": 5.0}
+    key = key_of(pipe).of_run(7, (2, 3, 3), (2.0, None))
+    made = profile_of(pipe, key=key, settings={"call": saved, "asked_steps": 6})
+    made.save(tmp_path / file_name(made))
+    assert (len(matching(tmp_path, key_of(pipe), TARGET, call)) == 1) is fits
+    with pytest.raises(ValueError, match="num_inference_steps=6"):
+        guarded(pipe, made, num_inference_steps=10)
 
 
 def test_without_a_profile_and_prompts_the_way_is_shown(
@@ -274,6 +314,9 @@ def test_with_prompts_one_is_tuned_and_saved(pipe: TinyPipeline, tmp_path: Path)
         ("Hyper-SD", True),
         ("flightning", False),
         ("folder-lcm/plain-model", False),
+        ("style_2000steps", False),
+        ("lora-1500-steps", False),
+        ("flux-8-step", True),
     ],
 )
 def test_names_of_distilled_models(pipe: TinyPipeline, name: str, off: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +123,37 @@ def test_strides_come_from_noise_levels_where_there_are_any() -> None:
     assert strides_of([1.0, 0.6, 0.1], 3) == pytest.approx((0.4, 0.5, 0.1))
     assert strides_of([1.0, 0.6, 0.1, 0.0], 3) == pytest.approx((0.4, 0.5, 0.1))
     assert strides_of([], 4) == (0.25,) * 4
+
+
+def test_strides_of_diffusion_models_go_by_what_they_predict() -> None:
+    """By hand: one step of DDIM whose output is off by one, in latents over ``alpha``."""
+    sigmas = [40.0, 3.0, 0.5]
+    for predicts in ("epsilon", "v_prediction", "sample"):
+        found = strides_of(sigmas, 3, predicts)
+        for here, after, stride in zip(sigmas, [3.0, 0.5, 0.0], found, strict=True):
+            alpha, noise = 1 / math.hypot(1, here), here / math.hypot(1, here)
+            signal_off = {"epsilon": -noise / alpha, "v_prediction": -noise, "sample": 1.0}[predicts]
+            noise_off = {"epsilon": 1.0, "v_prediction": alpha, "sample": -alpha / noise}[predicts]
+            assert stride == pytest.approx(abs(signal_off + after * noise_off), rel=1e-9)
+
+
+def test_calls_at_one_level_share_the_way_to_the_next() -> None:
+    assert strides_of([1.0, 0.6, 0.6, 0.1], 4) == pytest.approx((0.4, 0.25, 0.25, 0.1))
+
+
+def test_guidance_is_what_it_was_when_the_generation_began(
+    pipe: TinyPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pipelines with a dynamic scale overwrite it at every step."""
+    step = pipe.scheduler.step
+
+    def after(*args: Any, **options: Any) -> Any:
+        pipe._guidance_scale = 1.1
+        return step(*args, **options)
+
+    monkeypatch.setattr(pipe.scheduler, "step", after)
+    trace, _ = traced(pipe)
+    assert trace.guidance == (2.0, None)
 
 
 @pytest.mark.parametrize(

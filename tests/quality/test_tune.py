@@ -14,9 +14,10 @@ from diffusers import LCMScheduler
 import dit_accel
 from dit_accel.metrics import psnr
 from dit_accel.quality.climb import last_good
-from dit_accel.quality.pairs import NoiseFloor, Pair, alarms, compare, relative_error, speed_up, summary
+from dit_accel.quality.pairs import Bench, NoiseFloor, Pair, alarms, compare, relative_error, speed_up, summary
 from dit_accel.quality.profile import Profile, ProfileWarning
-from dit_accel.quality.sampling import Generation, Sampler
+from dit_accel.quality.sampling import Generation, NotFinite, Sampler
+from dit_accel.quality.spec import CacheSpec
 from dit_accel.quality.target import Target
 from dit_accel.quality.tuner import Tuner
 from dit_accel.quality.tuning import tune, tune_all
@@ -167,6 +168,43 @@ def test_dense_runs_are_shared_by_targets(pipe: TinyPipeline) -> None:
     assert [profile.target for profile in profiles] == two
     with pytest.raises(ValueError, match="at least one target"):
         tune_all(pipe, [], **FREE)
+
+
+def test_of_several_targets_one_beyond_the_floor_is_off() -> None:
+    pipe = TinyPipeline(drift=1e-3)
+    profiles = tune_all(pipe, [Target("psnr", 25.0), Target("psnr", 95.0)], **FREE, **LISTED)
+    assert not profiles[0].is_off and profiles[1].is_off and "noise floor" in profiles[1].reason
+
+
+def test_what_cannot_be_put_on_is_refused_before_anything_runs(pipe: TinyPipeline) -> None:
+    for beside in ({"attention": "radial", "dense_layers": [9]}, {"attentoin": "radial"}):
+        with pytest.raises((ValueError, TypeError), match=r"names layer 9|attentoin"):
+            tune(pipe, target_psnr=28, beside=beside, **FREE, **LISTED)
+    assert not pipe.calls and dit_accel.acceleration_of(pipe) is None
+
+
+@pytest.mark.parametrize("error", [NotFinite("the pipeline gave NaN"), torch.OutOfMemoryError("out of memory\nlong")])
+def test_a_cache_that_fails_is_passed_over(
+    pipe: TinyPipeline, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The fastest ones fail; the rest is searched as before."""
+    stock, told = Bench.pair, list[str]()
+
+    def pair(self: Bench, spec: CacheSpec, number: int, timed: bool = False) -> Pair:
+        if spec.computed is not None and len(spec.computed) < 6:
+            raise error
+        return stock(self, spec, number, timed)
+
+    monkeypatch.setattr(Bench, "pair", pair)
+    profile = tune(pipe, target_psnr=20, tell=told.append, **FREE, **LISTED)
+    assert profile.spec is not None and profile.spec.computed is not None and len(profile.spec.computed) >= 6
+    assert any(line.startswith("fails (") and "long" not in line for line in told)
+
+
+def test_reasons_name_what_the_target_is_about(pipe: TinyPipeline) -> None:
+    profile = tune(pipe, target_ssim=0.9, **FREE, **LISTED)
+    worst = {name: profile.measured[name]["worst"] for name in ("ssim", "psnr")}
+    assert f"an SSIM of at least {worst['ssim']:.4f}, at least {worst['psnr']:.2f} dB PSNR" in profile.reason
 
 
 def test_accelerated_pipelines_are_refused(pipe: TinyPipeline) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+
 import pytest
 import torch
 
@@ -12,6 +15,35 @@ from dit_accel.processors import RadialAttnProcessor
 
 def radial(**settings) -> RadialAttnProcessor:
     return RadialAttnProcessor(block=64, dense_steps=0, dense_layers=0, **settings)
+
+
+@contextlib.contextmanager
+def offloaded(model):
+    """Parameters are on no device but while the model's forward runs, as accelerate's hooks have it."""
+    real = dict(model.named_parameters())
+    stock = model.forward
+
+    def place(found):
+        for name, parameter in found.items():
+            path, _, last = name.rpartition(".")
+            model.get_submodule(path)._parameters[last] = parameter
+
+    away = {name: torch.nn.Parameter(parameter.to("meta")) for name, parameter in real.items()}
+
+    def forward(*args, **kwargs):
+        place(real)
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            place(away)
+
+    model.forward = forward
+    place(away)
+    try:
+        yield
+    finally:
+        del model.forward
+        place(real)
 
 
 def kinds_of(model) -> set[bool]:
@@ -91,6 +123,80 @@ def test_a_model_of_an_accelerated_pipeline_stands_for_all_of_them(two_experts):
             assert handle.clock.state.steps == 4 and handle.clock.state.expert == "transformer_2"
             reused = {each.step for each in handle.caches.engines[0].record.decisions if not each.computed}
             assert reused and reused <= {1, 3}
+
+
+def test_processors_that_are_put_back_are_still_ours(t2v):
+    """Pipelines with perturbed attention (PAG) save all processors, swap some, and set the saved ones at the end."""
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    model, settings = t2v.pipe.transformer, {"compute_steps": [0, 2], "steps": 4}
+    stock = t2v.run()
+    handle = dit_accel.accelerate(t2v.pipe, radial(), cache="static", cache_settings=settings)
+    wanted, saved = t2v.run(), model.attn_processors
+    model.blocks[0].attn1.processor = WanAttnProcessor()
+    model.set_attn_processor(dict(saved))
+    assert dit_accel.acceleration_of(t2v.pipe) is handle and torch.equal(t2v.run(), wanted)
+    assert handle.report().fallbacks == {}
+    handle.remove()
+    model.set_attn_processor(dict(saved))  # theirs no more
+    assert kinds_of(model) == {False} and torch.equal(t2v.run(), stock)
+    with dit_accel.accelerate(t2v.pipe, radial(), cache="static", cache_settings=settings):
+        model.set_attn_processor({name: WanAttnProcessor() for name in saved})
+        assert dit_accel.acceleration_of(t2v.pipe).processor is None
+        model.set_attn_processor(dict(saved))
+        assert len(dit_accel.acceleration_of(t2v.pipe).caches.engines) == 1
+    dit_accel.acceleration_of(t2v.pipe).remove()
+    assert torch.equal(t2v.run(), stock)
+
+
+def test_a_refused_processor_leaves_the_old_one(t2v):
+    class Foreign:
+        """Calls no attention that could be redirected."""
+
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            return hidden_states
+
+    recorder = dit_accel.AttentionMassRecorder(4)
+    settings = {"compute_steps": [0, 2], "steps": 4}
+    handle = dit_accel.accelerate(
+        t2v.pipe, radial(decay=0.2), cache="static", cache_settings=settings, controls=[recorder]
+    )
+    wanted = t2v.run()
+    for bad in (radial(backend="triton"), Foreign()):
+        with pytest.raises((ValueError, TypeError), match=r"cannot run here|cannot be redirected"):
+            t2v.pipe.set_attn_processor(bad)
+        recorder.masses.clear()
+        handle = dit_accel.acceleration_of(t2v.pipe)
+        assert handle.processor.decay == 0.2 and torch.equal(t2v.run(), wanted) and recorder.masses
+    handle.remove()
+
+
+def test_controls_and_hooks_stay_when_the_method_is_replaced(t2v):
+    recorder, blocks = dit_accel.AttentionMassRecorder(4), dit_accel.BlockRecorder()
+    dit_accel.accelerate(t2v.pipe, radial(decay=0.2), controls=[recorder], block_hooks=[blocks])
+    t2v.pipe.set_attn_processor(radial(decay=0.5))
+    with dit_accel.acceleration_of(t2v.pipe) as handle:
+        t2v.run()
+        assert handle.processor.decay == 0.5 and recorder.masses and blocks.ran
+
+
+def test_a_model_that_left_its_pipeline_stands_for_itself(t2v):
+    pipe, model = t2v.pipe, t2v.pipe.transformer
+    dit_accel.accelerate(pipe, radial(decay=0.2))
+    pipe.transformer = copy.deepcopy(model)
+    model.set_attn_processor(radial(decay=0.5))
+    assert dit_accel.acceleration_of(model).processor.decay == 0.5
+    dit_accel.acceleration_of(model).remove()
+    pipe.transformer = model
+
+
+def test_weights_may_be_elsewhere_until_they_are_needed(t2v):
+    """As offloading has them: plans and choices go by what the model is given."""
+    with dit_accel.accelerate(t2v.pipe, radial()):
+        wanted = t2v.run()
+    with dit_accel.accelerate(t2v.pipe, radial()) as handle, offloaded(t2v.pipe.transformer):
+        assert torch.equal(t2v.run(), wanted)
+        assert {plan.device.type for plan in handle._plans.values()} == {"cpu"}
 
 
 def test_a_recipe_put_on_a_module_by_hand_explains_itself(t2v):
