@@ -12,8 +12,10 @@ every block that it runs by the same graph, since it guards nothing in such glob
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -55,7 +57,22 @@ class BoundProcessor:
         stock: the processor found at the module; kept untouched, and put back on removal.
         site: where its attention calls are sent.
         seat: of the root that the module belongs to.
+
+    Attributes:
+        stock_class: of ``stock``; each class of bound processors has its own.
     """
+
+    stock_class: Any = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Without arguments a fresh stock processor: so diffusers' IP-Adapter loaders renew what they leave alone."""
+        if cls.stock_class is not None and not args and not kwargs:
+            return cls.stock_class()
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> tuple[Any, Site, Seat]:
+        """For ``copy.copy``, which would make a stock processor otherwise."""
+        return self.stock, self.site, self.seat
 
     def __init__(self, stock: Any, site: Site, seat: Seat) -> None:
         self.stock = stock
@@ -68,6 +85,7 @@ class BoundProcessor:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the stock code; ``self`` takes the place of the stock processor, so later settings are seen."""
         self.seat.site = self.site
+        self.site.reached = True
         return self._code(self, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundProcessor:
@@ -76,6 +94,13 @@ class BoundProcessor:
         copied = type(self)(stock, copy.deepcopy(self.site, memo), copy.deepcopy(self.seat, memo))
         copied._attention_backend, copied._parallel_config = self._attention_backend, self._parallel_config
         return copied
+
+    def give_settings(self) -> None:
+        """Hands the stock processor what diffusers has set here meanwhile: backend and context parallelism."""
+        for name in ("_attention_backend", "_parallel_config"):
+            setting = getattr(self, name)
+            if hasattr(self.stock, name) and getattr(self.stock, name) is not setting:
+                setattr(self.stock, name, setting)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("stock", "site", "seat", "_code"):  # not yet set: while unpickling or copying
@@ -91,7 +116,7 @@ def bound_class(stock_class: Any) -> type[BoundProcessor]:
     """
     stock_call = inspect.unwrap(stock_class.__call__)
     call = functools.wraps(stock_call)(lambda self, *args, **kwargs: BoundProcessor.__call__(self, *args, **kwargs))
-    return type(f"Bound{stock_class.__name__}", (BoundProcessor,), {"__call__": call})
+    return type(f"Bound{stock_class.__name__}", (BoundProcessor,), {"__call__": call, "stock_class": stock_class})
 
 
 def bind(stock: Any, site: Site, seat: Seat) -> BoundProcessor:
@@ -109,25 +134,37 @@ def rebind(stock: Any, seat: Seat, path: str) -> Callable[..., Any]:
     """The stock ``__call__`` with its own globals, in which the attention functions lead to the site in ``seat``."""
     call = inspect.unwrap(type(stock).__call__)
     scope = dict(call.__globals__)
-    names = set(call.__code__.co_names)
-    if not names & {"dispatch_attention_fn", "scaled_dot_product_attention"}:
-        if "Linear" in type(stock).__name__:
+    if not _is_redirectable(call):
+        named = {"dispatch_attention_fn", "scaled_dot_product_attention"} & set(call.__code__.co_names)
+        if "Linear" in type(stock).__name__ and not named:
             raise ValueError(
                 f"{type(stock).__name__} at {path} is linear attention, which looks at no pairs of tokens, so no "
                 "method can leave any out; let site_kind return None for it, and act on softmax attention alone"
             )
         raise TypeError(
             f"{type(stock).__name__} at {path} calls neither dispatch_attention_fn nor "
-            "F.scaled_dot_product_attention, so its attention cannot be redirected; restore the default processors"
+            "F.scaled_dot_product_attention by these global names of its module, so its attention cannot be "
+            "redirected; restore the default processors"
         )
     scope.pop("__name__", None)  # with it, torch.compile would look names up in the real module
     if "dispatch_attention_fn" in scope:
         scope["dispatch_attention_fn"] = _dispatch_to(seat, scope["dispatch_attention_fn"])
-    if "F" in scope:
+    if scope.get("F") is F:
         scope["F"] = _functional_for(seat)
     rebound = types.FunctionType(call.__code__, scope, call.__name__, call.__defaults__, call.__closure__)
     rebound.__kwdefaults__ = call.__kwdefaults__
     return rebound
+
+
+def _is_redirectable(call: Callable[..., Any]) -> bool:
+    """Whether code looks attention up by a name that :func:`rebind` replaces; any other way leads past the site."""
+    code = [(each.opname, each.argval) for each in dis.get_instructions(call) if each.opname != "EXTENDED_ARG"]
+    if "dispatch_attention_fn" in call.__globals__ and ("LOAD_GLOBAL", "dispatch_attention_fn") in code:
+        return True
+    return call.__globals__.get("F") is F and any(
+        here == ("LOAD_GLOBAL", "F") and name == "scaled_dot_product_attention"
+        for here, (_, name) in itertools.pairwise(code)
+    )
 
 
 def _dispatch_to(seat: Seat, stock_dispatch: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

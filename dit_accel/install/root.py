@@ -253,4 +253,5 @@ class RootInstallation:
 # What undoes something is no closure: a deep copy of a model is to have one that acts on the copy.
 def _put_back(module: Any, bound: BoundProcessor, stock: Any) -> None:
     if module.processor is bound:  # else someone has put another processor there, and wants it
+        bound.give_settings()
         module.processor = stock

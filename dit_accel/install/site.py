@@ -70,7 +70,6 @@ class Site:
         self.memory: Memory | None = None  # of the search that found it
         self.search: DynamicAttnProcessor | None = None
         self.operator: OperatorAttnProcessor | None = None  # computes the coming call itself
-        self.operated = False  # whether it has
         self.setup: Any = None
         self.found: SparsePlan | None = None  # by the search of the latest call
         self.found_batch = 0
@@ -79,6 +78,8 @@ class Site:
         self.factor = 1.0  # of the schedule on the budget of the coming call
         self.found_dense = False  # whether the call that searched ran dense itself
         self.measured: torch.Tensor | None = None
+        self.reached = False  # whether the processor of the module has run in the latest call
+        self.acted = False  # whether an attention call has come here since, and the method took it
         self.is_stock = True
         self.timer: Timer | None = None  # takes the time of every call, stock ones too
         self.refusal: str | None = None
@@ -125,7 +126,7 @@ class Site:
         self._drop_stale(state, layout)
         self.search, self.found, self.measured, self.memory = search, None, None, None
         self.found_dense = False
-        self.operator, self.operated = None, False
+        self.operator, self.reached, self.acted = None, False, False
         if operator is not None and device is not None:
             self.setup = operator.at_step(self._setup_for(operator, layout, device), self.info, state)
             self.operator = None if self.setup is None else operator
@@ -149,7 +150,7 @@ class Site:
         """After a call: keeps the plan it found, and says how dense the plan was that it followed.
 
         Returns:
-            kept pairs over all pairs; None if it followed none. A tensor is on the device, not yet read.
+            kept pairs over all pairs; None if no call followed one. A tensor is on the device, not yet read.
         """
         layout = self.layout or state.layout
         if self.found is not None:
@@ -161,14 +162,15 @@ class Site:
             self._kept[state.branch] = KeptPlan(layout, plan, density, self.found_batch, memory, self.factor)
         elif self.measured is not None and (followed := self._kept.get(state.branch)) is not None:
             self._kept[state.branch] = replace(followed, measure=self.measured.clone())
-        if self.operator is not None:
-            return self.operator.cost(self.setup) if self.operated else None
-        if self.search is None or self.refusal is not None:
-            return None if self.plan is None or self.refusal is not None else self.plan.density
-        kept = self._kept.get(state.branch) if self.found is not None or self.plan is not None else None
-        if state.steps is not None and state.step == state.steps - 1:
+        kept = self._kept.get(state.branch)
+        if self.search is not None and state.steps is not None and state.step == state.steps - 1:
             self._kept.pop(state.branch, None)  # nobody will follow it
-        return None if kept is None or self.found_dense else kept.density
+        if not self.acted or self.refusal is not None or self.found_dense:
+            return None
+        if self.operator is not None:
+            return self.operator.cost(self.setup)
+        followed = self.plan if self.search is None else kept
+        return None if followed is None else followed.density
 
     def skip(self, state: StepState) -> None:
         """After a call of the root that skipped the module: a search that was due is due at the next call."""
@@ -184,8 +186,8 @@ class Site:
     @property
     def is_unused(self) -> bool:
         """After a call of the root, if :meth:`settle` gave None: whether the module was never called."""
-        finds = self.search is not None or self.operator is not None
-        return finds and self.refusal is None and not self.found_dense
+        decides = self.plan is not None or self.search is not None or self.operator is not None
+        return decides and not self.reached and not self.acted
 
     def rest(self) -> None:
         """Makes calls stock again until the next :meth:`prepare`, and lets go of the plan."""
@@ -269,19 +271,34 @@ class Site:
             return stock(query, key, value)
         if self.padding:
             seen = slice(-self.padding)
-            output = self._follow(query[:, :, seen], key[:, :, seen], value[:, :, seen], scale)
+            output = self._lowered(query[:, :, seen], key[:, :, seen], value[:, :, seen], scale)
             if output is not None:
                 output = torch.nn.functional.pad(output, (0, 0, 0, self.padding))  # which no other token ever sees
         else:
-            output = self._follow(query, key, value, scale)
+            output = self._lowered(query, key, value, scale)
         return stock(query, key, value) if output is None else output
+
+    def _lowered(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor | None:
+        """As :meth:`_follow`, with what autocast does for the stock attention: it casts first, and not inside."""
+        kind = query.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self._follow(query, key, value, scale)
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = (
+            part.to(dtype) if part.is_floating_point() and part.dtype != torch.float64 else part
+            for part in (query, key, value)
+        )
+        with torch.autocast(kind, enabled=False):
+            return self._follow(query, key, value, scale)
 
     def _follow(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor | None:
         """What the method makes of a call, without the padding; None if the model's own attention is to run."""
+        self.acted = True
         if self.operator is not None:
-            self.operated = True
             return self.operator.attend(query, key, value, self.setup, scale=scale)
         from ..kernels.attend import attend
         from ..kernels.residual import block_residual

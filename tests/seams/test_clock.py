@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import PNDMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, PNDMScheduler
+from diffusers import UniPCMultistepScheduler as UniPC
 
 import dit_accel
 from dit_accel.clock import StepClock
@@ -129,6 +131,105 @@ def test_steps_of_a_timestep_that_is_listed_twice(skip):
                 state = tick(clock, timestep)
                 assert (state.generation, state.step, state.branch) == (generation, step, branch)
             sample = pipe.scheduler.step(0.1 * sample, timestep, sample).prev_sample
+
+
+def sample(scheduler, timesteps, clock, scale=1.0):
+    """The states of a generation with two calls a step, by any part of a scheduler's list."""
+    states, latents = [], torch.ones(1, 3)
+    for timestep in timesteps:
+        states += [tick(clock, scale * timestep) for _ in range(2)]
+        latents = scheduler.step(0.1 * latents, timestep, latents, return_dict=False)[0]
+    return states
+
+
+def places(states):
+    """Generation, step, number of steps and branch of each."""
+    return [(state.generation, state.step, state.steps, state.branch) for state in states]
+
+
+def numbered(generation, steps, count):
+    """What :func:`places` is to be, for these steps."""
+    return [(generation, step, count, branch) for step in steps for branch in ("call0", "call1")]
+
+
+SCHEDULERS = {
+    "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "unipc": lambda: UniPC(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    "heun": FlowMatchHeunDiscreteScheduler,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_part_of_the_timesteps_begins_at_its_place(name):
+    """As in Wan's video to video, which does not tell its scheduler where it begins."""
+    scheduler = SCHEDULERS[name]()
+    clock = StepClock(pipe := Pipeline(scheduler=scheduler))
+    for generation, strength in enumerate((5, 10, 2)):
+        pipe.scheduler.set_timesteps(10)
+        timesteps = scheduler.timesteps[(10 - strength) * scheduler.order :]
+        count = len(scheduler.timesteps)
+        steps = range(count - len(timesteps), count)
+        assert places(sample(scheduler, timesteps, clock)) == numbered(generation, steps, count)
+
+
+def test_a_timestep_in_thousandths_is_the_first_one():
+    """As Flux has it; the list may end with a timestep that is 1."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    clock = StepClock(pipe := Pipeline(scheduler=scheduler))
+    pipe.scheduler.set_timesteps(4)
+    assert scheduler.timesteps[-1] == 1
+    assert places(sample(scheduler, scheduler.timesteps, clock, scale=1e-3)) == numbered(0, range(4), 4)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("run", [False, True])
+def test_a_scheduler_that_does_not_sample_says_nothing(name, run):
+    """Another pipeline has the same model and a scheduler of its own: timesteps tell steps and generations."""
+    pipe = Pipeline(scheduler=SCHEDULERS[name]())
+    own, other, clock = pipe.scheduler, FlowMatchEulerDiscreteScheduler(), StepClock(pipe)
+    if run:
+        own.set_timesteps(4)
+        sample(own, own.timesteps, clock)
+    with pytest.warns(UserWarning, match="accelerate the pipeline that runs"):
+        other.set_timesteps(4)
+        first = sample(other, other.timesteps, clock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        others = []
+        for _ in range(2):
+            other.set_timesteps(5)
+            others += sample(other, other.timesteps, clock)
+        assert clock.level(0) == (None, None, True)
+        own.set_timesteps(4)
+        again = sample(own, own.timesteps, clock)
+        assert clock.level(0).timestep == own.timesteps[0]
+    if run:
+        assert places(first) == numbered(1, range(4), None)
+    else:  # that the scheduler stands still is known behind the first step
+        assert places(first)[2:] == numbered(1, range(3), None)
+    assert places(others) == numbered(2, range(5), None) + numbered(3, range(5), None)
+    count = len(own.timesteps)
+    assert places(again) == numbered(4, range(count), count)
+
+
+def test_a_scheduler_that_stopped_halfway_says_nothing_of_other_runs():
+    own, other = FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler()
+    clock = StepClock(pipe := Pipeline(scheduler=own))
+    pipe.scheduler.set_timesteps(6)
+    sample(own, own.timesteps[:3], clock)
+    tick(clock, own.timesteps[3]), tick(clock, own.timesteps[3])
+    other.set_timesteps(5)
+    with pytest.warns(UserWarning, match="accelerate the pipeline that runs"):
+        assert places(sample(other, other.timesteps, clock)) == numbered(1, range(5), None)
+
+
+def test_a_schedule_that_is_gone_is_forgotten():
+    pipe = Pipeline(scheduler=SimpleNamespace(timesteps=torch.tensor([900.0, 500.0, 100.0])))
+    clock = StepClock(pipe)
+    assert [tick(clock, timestep).step for timestep in (900, 500)] == [0, 1]
+    pipe.scheduler = SimpleNamespace(timesteps=None)
+    assert [(state.step, state.steps) for state in (tick(clock, 480), tick(clock, 460))] == [(2, None), (3, None)]
+    assert tick(clock, 900).generation == 1
 
 
 def test_explicit_steps_win():

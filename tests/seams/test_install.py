@@ -91,6 +91,58 @@ def test_run_after_an_error_equals_a_fresh_run(t2v):
         assert handle.clock.state.generation == 1
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_diffusers_sets_on_processors_outlives_removal(t2v, kept):
+    """``enable_parallelism`` and ``set_attention_backend`` set it on those that they find, which are ours."""
+    config, before = object(), state_of(t2v.pipe)
+    with everything_on(t2v.pipe):
+        for processor in t2v.root.attn_processors.values():
+            processor._parallel_config, processor._attention_backend = config, "native"
+            if not kept:
+                processor._parallel_config = processor._attention_backend = None
+    assert state_of(t2v.pipe) == before
+    found = {(each._parallel_config, each._attention_backend) for each in t2v.root.attn_processors.values()}
+    assert found == ({(config, "native")} if kept else {(None, None)})
+    with everything_on(t2v.pipe):
+        assert found == {
+            (each._parallel_config, each._attention_backend) for each in t2v.root.attn_processors.values()
+        }
+
+
+def test_stock_processors_without_such_settings_get_none(make_image_subject):
+    sd = make_image_subject("sd15")
+    with dit_accel.accelerate(sd.pipe, "neighborhood", block=64):
+        for processor in sd.root.attn_processors.values():
+            processor._attention_backend = "native"
+    assert not any(hasattr(each, "_attention_backend") for each in sd.root.attn_processors.values())
+
+
+def test_class_of_a_bound_processor_makes_fresh_stock_processors(t2v):
+    """The loaders of IP-Adapters in diffusers renew by it what they leave alone."""
+    stock = t2v.run()
+    with everything_on(t2v.pipe) as handle:
+        found = t2v.root.attn_processors
+        renewed = {name: type(each)() for name, each in found.items()}
+        assert all(type(each) is type(found[name].stock) for name, each in renewed.items())
+        assert all(each is not found[name].stock for name, each in renewed.items())
+        t2v.root.set_attn_processor(renewed)
+        assert torch.equal(t2v.run(), stock)
+        handle.remove()
+    assert torch.equal(t2v.run(), stock)
+    with pytest.raises(TypeError, match="stock"):
+        BoundProcessor()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copies_of_a_bound_processor_are_bound(t2v, copied):
+    with everything_on(t2v.pipe):
+        bound = t2v.root.blocks[0].attn1.processor
+        bound._attention_backend = "native"
+        twin = copied(bound)
+        assert type(twin) is type(bound) and twin is not bound and twin._attention_backend == "native"
+        assert (twin.site is bound.site) is (copied is copy.copy)
+
+
 def test_failed_installation_leaves_nothing(two_experts, monkeypatch):
     before = state_of(two_experts.pipe)
 

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import SanaTransformer2DModel, WanTransformer3DModel
+from torch.nn.functional import scaled_dot_product_attention
 
 import dit_accel
 from dit_accel.controls import SiteInfo
@@ -51,6 +53,40 @@ def sana_layout(root, arguments):
     return TokenLayout.video_only((1, *arguments["hidden_states"].shape[-2:]))
 
 
+class ByPath:
+    """Reaches attention by no name that leads to it, though it uses ``F`` for something else."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        mixed = torch.nn.functional.scaled_dot_product_attention(*[hidden_states[:, None]] * 3)
+        return F.dropout(mixed, 0.0)[:, 0]
+
+
+class ByName:
+    """Has the function itself."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        return scaled_dot_product_attention(*[F.dropout(hidden_states, 0.0)[:, None]] * 3)[:, 0]
+
+
+class ByOwnImport:
+    """Imports the module, or diffusers' function, when it runs."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        import torch.nn.functional as F
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        if rotary_emb is None:
+            return F.scaled_dot_product_attention(*[hidden_states[:, None]] * 3)[:, 0]
+        return dispatch_attention_fn(*[hidden_states[:, :, None]] * 3)[:, :, 0]
+
+
+class ByGlobals:
+    """As they should be."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        return F.scaled_dot_product_attention(*[hidden_states[:, None]] * 3)[:, 0]
+
+
 def processors_of(root):
     return [type(module.processor) for module in root.modules() if hasattr(module, "processor")]
 
@@ -91,6 +127,23 @@ def test_linear_attention_is_refused(families, method):
         with pytest.raises(ValueError, match=words):
             dit_accel.accelerate(model, method)
         assert processors_of(model) == before
+
+
+@pytest.mark.parametrize("kind", [ByPath, ByName, ByOwnImport])
+def test_processors_that_cannot_be_redirected_are_refused(t2v, kind):
+    """They would run dense, and be reported as sparse."""
+    t2v.root.blocks[1].attn1.processor = kind()
+    before = processors_of(t2v.root)
+    with pytest.raises(TypeError, match=rf"{kind.__name__} at blocks\.1\.attn1 .* cannot be redirected"):
+        dit_accel.accelerate(t2v.pipe, "radial")
+    assert processors_of(t2v.root) == before
+
+
+def test_processors_of_ones_own_that_use_global_names_are_redirected(t2v):
+    t2v.root.blocks[1].attn1.processor = ByGlobals()
+    with dit_accel.accelerate(t2v.pipe, "radial", block=64, dense_steps=0, dense_layers=0) as handle:
+        t2v.run()
+        assert all(site.dense_calls == 0 and site.sparse_calls for site in handle.report().sites)
 
 
 @pytest.mark.parametrize("method", [name for name in ATTENTION if "density" in ATTENTION[name]().settings()])
