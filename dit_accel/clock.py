@@ -7,6 +7,7 @@ the pipeline's scheduler, the ``timestep`` argument. It never counts calls to gu
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch
 
 from .layout import TokenLayout
 from .noise import Level, read_levels
+
+_CLOSE = 1e-4  # by which a timestep may be off one in the list, as a part of the largest there
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,13 @@ class StepClock:
         self._last_layout: TokenLayout | None = None
         self._ordinal = 0
         self._seen: list[str] = []
+        self._calls = 0  # in the step before
         self._schedule: torch.Tensor | None = None
         self._indices: torch.Tensor | None = None
         self._counter: int | None = None
+        self._mark: tuple[Any, Any] = (None, None)  # where the scheduler stood at the latest call
+        self._is_idle = False  # whether it is not the one that samples
+        self._has_warned = False
         self._levels_of: torch.Tensor | None = None  # the list of timesteps that _levels was read from
         self._levels: list[Level] = []
         self._restart()
@@ -110,7 +117,7 @@ class StepClock:
             self._restart()
         step, steps = self._locate(context, timestep)
         if step != self._last_step:
-            self._seen = []
+            self._calls, self._seen = len(self._seen), []
         branch = self._explicit.name or context.name or f"call{len(self._seen)}"
         self.state = StepState(self._generation, step, steps, branch, expert, self._ordinal, layout, timestep)
         self._last_step, self._last_timestep, self._last_layout = step, timestep, layout
@@ -128,6 +135,8 @@ class StepClock:
 
         Reads the scheduler's lists once per generation; tensors on a device are waited for then.
         """
+        if self._is_idle:
+            return Level(None, None)  # what it lists is of another run
         scheduler = self._scheduler()
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not self._levels_of:
@@ -138,7 +147,7 @@ class StepClock:
     def _restart(self) -> None:
         self._generation += 1
         self._last_step = self._last_timestep = self._last_layout = None
-        self._ordinal = 0
+        self._ordinal = self._calls = 0
         self._seen = []
 
     def _scheduler(self) -> Any | None:
@@ -146,32 +155,57 @@ class StepClock:
 
     def _is_new_generation(self, context: _Context, timestep: torch.Tensor | None, layout: TokenLayout) -> bool:
         has_new_schedule = self._note_schedule()
+        said = self._explicit.step if self._explicit.step is not None else context.step
+        was_idle, self._is_idle = self._is_idle, self._other_samples(has_new_schedule, timestep, said)
         if self._last_step is None:
             return self._ordinal > 0
-        if has_new_schedule or (layout != self._last_layout and not self._contexts):
+        if has_new_schedule or self._is_idle > was_idle or (layout != self._last_layout and not self._contexts):
             return True
-        said = self._explicit.step if self._explicit.step is not None else context.step
         if said is not None:
             return said < self._last_step or (said == self._last_step and context.name in self._seen)
-        if self._schedule is not None:
+        if self._schedule is not None and not self._is_idle:
             return False
         return _value(timestep) > _value(self._last_timestep)
 
     def _note_schedule(self) -> bool:
         """Whether the scheduler was given a new list of timesteps: ``set_timesteps`` always makes a new tensor."""
         timesteps = getattr(self._scheduler(), "timesteps", None)
-        if timesteps is None or timesteps is self._schedule:
+        if timesteps is self._schedule:
             return False
         self._schedule = timesteps
         self._indices = None
-        return True
+        return timesteps is not None
+
+    def _other_samples(self, has_new_schedule: bool, timestep: torch.Tensor | None, said: int | None) -> bool:
+        """Whether another scheduler samples, so that the pipeline's own says nothing about this call; warns once.
+
+        Its own has run to its end, or stands still while timesteps pass. Timesteps, which the device is waited for,
+        are compared only where the step would have more calls than the one before.
+        """
+        scheduler, before, found = self._scheduler(), self._mark, self._is_idle
+        if self._schedule is None or timestep is None or said is not None or not hasattr(scheduler, "step_index"):
+            return False
+        self._mark = (scheduler.step_index, getattr(scheduler, "begin_index", None))
+        if has_new_schedule or self._mark != before:
+            found = self._mark[0] is not None and int(self._mark[0]) >= len(self._schedule)
+        elif not found and self._last_timestep is not None and len(self._seen) >= self._calls:
+            found = _value(timestep) != _value(self._last_timestep)
+        if found and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "dit_accel: the model is sampled, but not by the scheduler of the pipeline that is accelerated, so "
+                "steps are told from timesteps alone and nobody knows how many there are; accelerate the pipeline "
+                "that runs, or call clock.set_step(step, steps) before each call of the model",
+                stacklevel=2,
+            )
+        return found
 
     def _locate(self, context: _Context, timestep: torch.Tensor | None) -> tuple[int, int | None]:
         count = len(self._schedule) if self._schedule is not None else None
         for source in (self._explicit, context):
             if source.step is not None:
                 return source.step, source.steps or count
-        if self._schedule is not None:
+        if self._schedule is not None and not self._is_idle:
             return self._index_in_schedule(self._schedule, timestep), count
         if self._last_step is None:
             return 0, None
@@ -181,17 +215,39 @@ class StepClock:
         """The scheduler's own counter where it keeps one, else the place of the timestep in its list."""
         scheduler: Any = self._scheduler()
         if hasattr(scheduler, "step_index"):
-            index = scheduler.step_index
-            return int(index if index is not None else getattr(scheduler, "begin_index", None) or 0)
-        if self._indices is None:
-            self._indices = schedule.detach().float().cpu()
-        first = int((self._indices - _value(timestep)).abs().argmin())
+            told = (scheduler.step_index, getattr(scheduler, "begin_index", None))
+            index = next((each for each in told if each is not None), None)
+            return int(index) if index is not None else self._first_index(schedule, timestep)
+        listed = self._listed(schedule)
+        first = int((listed - _value(timestep)).abs().argmin())
         counter, before = getattr(scheduler, "counter", None), self._counter
         self._counter = counter
-        if counter is None or self._last_step is None or self._indices[self._last_step] != self._indices[first]:
+        if counter is None or self._last_step is None or listed[self._last_step] != listed[first]:
             return first
         # PNDM lists some timesteps twice in a row, and counts its steps.
         return min(self._last_step + (counter != before), len(schedule) - 1)
+
+    def _first_index(self, schedule: torch.Tensor, timestep: torch.Tensor | None) -> int:
+        """Where sampling begins if the scheduler was not told: loops over a part of its list begin further on.
+
+        0 for a timestep that is not in the list: some models are given another number, such as a thousandth.
+        """
+        if timestep is None:
+            return 0
+        listed, value = self._listed(schedule), _value(timestep)
+        largest = float(listed.abs().max())
+        first = int((listed - value).abs().argmin())
+        if abs(float(listed[first]) - value) > _CLOSE * largest or value <= 1 < largest:
+            return 0
+        # Of two equal ones schedulers take the second, unless nothing was left out.
+        is_twice = 0 < first < len(listed) - 1 and listed[first] == listed[first + 1]
+        return first + bool(is_twice)
+
+    def _listed(self, schedule: torch.Tensor) -> torch.Tensor:
+        """The list of timesteps as numbers in main memory; waits for the device once."""
+        if self._indices is None:
+            self._indices = schedule.detach().float().cpu()
+        return self._indices
 
 
 def _value(timestep: torch.Tensor | float | None) -> float:

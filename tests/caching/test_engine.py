@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +13,10 @@ import torch
 import dit_accel
 from dit_accel.caching import Audit, Cache, Limits
 from dit_accel.caching.policies.base import Judge, Moment, Policy, Sight
+from dit_accel.caching.policies.probe import ProbeDiff
+from dit_accel.caching.policies.prune import UnitDiff
 from dit_accel.caching.policies.static import Static
+from dit_accel.caching.policies.transform import Transform
 from dit_accel.caching.scopes.base import Scope
 from dit_accel.caching.scopes.blocks import EachBlock, Range, Runs, Tail, Whole
 from dit_accel.caching.scopes.output import Output
@@ -177,6 +181,29 @@ def test_an_audit_computes_compares_and_tightens(wan: Subject) -> None:
     assert computed == [0, 1, 3, 5]
 
 
+@pytest.mark.parametrize(("name", "scope"), [("flux", Whole()), ("sd3", Range(0, 1))])
+def test_an_audit_looks_at_the_stream_of_the_image(name: str, scope: Scope) -> None:
+    """Not at that of the text, which these blocks give first."""
+    subject, changes = build_image_subject(name), list[torch.Tensor]()
+    blocks = subject.root.transformer_blocks
+    last = subject.root.single_transformer_blocks[-1] if name == "flux" else blocks[0]
+
+    def enter(module: Any, args: Any, kwargs: Any) -> None:
+        changes.append(-kwargs["hidden_states"])
+
+    def leave(module: Any, args: Any, output: Any) -> None:
+        changes[-1] = changes[-1] + output[1]
+
+    blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+    last.register_forward_hook(leave)
+    subject.inputs |= {"num_inference_steps": 4, "guidance_scale": 1.0, "true_cfg_scale": 1.0}
+    subject.inputs.pop("guidance_scale" if name == "flux" else "true_cfg_scale")
+    _, handle = hooked_run(subject, Cache(scope, Scripted(), audit=Audit(every=1, limit=1e-9)))
+    errors = [result.error for result in handle.caches.engines[0].record.audits]
+    wanted = [float((a - b).abs().mean() / b.abs().mean()) for a, b in itertools.pairwise(changes[1:])]
+    assert len(changes) == 4 and errors == pytest.approx(wanted, rel=1e-3)
+
+
 def test_a_cache_for_one_branch_leaves_the_other_alone(wan: Subject) -> None:
     _, handle = hooked_run(wan, Cache(Whole(), Static(mask=MASK), branches=("uncond",)))
     assert {reason for _, branch, _, reason in decisions(handle) if branch == "cond"} == {"branch"}
@@ -193,6 +220,28 @@ def test_the_estimate_of_memory_is_what_is_kept(wan: Subject) -> None:
         record.estimate
         == f"about {record.bytes_most / 1024:.3g} KiB: 2 branches x 1 value of {record.bytes_most / 2048:.3g} KiB"
     )
+
+
+TOKENS, LATENTS = 3 * 2 * 2 * 32 * 4, 16 * 3 * 4 * 4 * 4  # bytes of one stream, and of what goes in and out
+
+
+@pytest.mark.parametrize(
+    ("scope", "policy", "by_judges"),
+    [
+        (EachBlock(), UnitDiff(0.0), 2 * TOKENS),
+        (Tail(1), ProbeDiff(0.0, of="excess"), 2 * TOKENS),
+        (Whole(), Transform(0.0), 2 * LATENTS + 4),  # latents, output and the rate between them
+        (Whole(), Transform(0.0) | Static(mask=MASK) | Transform(0.0), 2 * (2 * LATENTS + 4)),
+    ],
+)
+def test_what_policies_keep_to_compare_with_is_counted(
+    wan: Subject, scope: Scope, policy: Policy, by_judges: int
+) -> None:
+    with dit_accel.accelerate(wan.pipe, cache=Cache(scope, policy)) as handle:
+        wan.run()
+        record = handle.caches.engines[0].record
+        stored = 2 * TOKENS * len(record.units["transformer"])  # of two branches
+        assert record.bytes_most == stored + by_judges and record.bytes_now == 0
 
 
 def test_nothing_is_kept_once_a_generation_has_ended(wan: Subject) -> None:

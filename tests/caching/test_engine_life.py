@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -231,6 +233,52 @@ def test_nothing_is_left_of_a_generation_that_a_callback_broke_off(wan: Subject)
             wan.run(callback_on_step_end=stop)
         assert torch.equal(wan.run(), expected)
         assert decisions(handle)[0][3] == "first"
+
+
+def test_a_second_thread_is_refused_and_the_first_one_goes_on(bare: Any) -> None:
+    """Their blocks could not be told apart: one would be given what belongs to the other."""
+    latents, others = torch.randn(2, 1, 16, 3, 4, 4)
+    entered, go = threading.Event(), threading.Event()
+
+    def wait(*args: Any) -> None:
+        entered.set()
+        assert go.wait(60)
+
+    def first_call(handle: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return bare(handle, 0, latents)
+
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+        with dit_accel.accelerate(bare.root) as handle:
+            stock = bare(handle, 0, latents)
+        caches = [Cache(Attention(("self",)), Static(compute_steps=(0,))), Cache(Whole(), Static(compute_steps=(0,)))]
+        with dit_accel.accelerate(bare.root, cache=caches) as handle:
+            hook = bare.root.blocks[0].register_forward_pre_hook(wait)
+            running = pool.submit(first_call, handle)
+            assert entered.wait(60)
+            with pytest.raises(RuntimeError, match="one call at a time"):
+                bare(handle, 0, others)
+            hook.remove()
+            go.set()
+            assert torch.equal(running.result(), stock)
+            bare(handle, 1, latents)
+            assert decisions(handle)[0][3] == "first"  # what the refused call told the clock counts for nothing
+
+
+def test_a_call_that_fails_lets_the_next_one_in(bare: Any) -> None:
+    def fail(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    latents = torch.randn(1, 16, 3, 4, 4)
+    with dit_accel.accelerate(bare.root, cache=Cache(Whole(), Static(compute_steps=(0,)))) as handle, torch.no_grad():
+        hook = bare.root.blocks[1].register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            bare(handle, 0, latents)
+        hook.remove()
+        bare(handle, 1, latents)
+        bare(handle, 2, latents)
+    found = [(step, computed) for step, _, computed, _ in decisions(handle)]
+    assert found[-2:] == [(1, True), (2, False)]
 
 
 def test_both_warm_up_where_the_generation_begins(bare: Any) -> None:

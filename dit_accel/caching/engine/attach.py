@@ -186,7 +186,7 @@ class _BlockSeam:
             return pack_streams(self._streams, self._engine.stand_in(unit) if is_last else entered)
         output = run()
         if is_last:
-            self._engine.leave(unit, unpack_streams(self._streams, output))
+            self._engine.leave(unit, unpack_streams(self._streams, output), self._main)
         return output
 
     def _modulated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -60,6 +60,7 @@ class CacheEngine(UnitSeams):
         self._first_step = 0
         self._reused: Counter[str] = Counter()  # steps by branch
         self._ended: OpenCall | None = None  # that ran last
+        self._is_busy = False
 
     def around_root(self, run: Run, arguments: dict[str, Any], latents: Tensor) -> Any:
         """One call of the root, from opening to closing.
@@ -68,7 +69,23 @@ class CacheEngine(UnitSeams):
             run: computes it.
             arguments: bound by name.
             latents: the main input among them.
+
+        Raises:
+            RuntimeError: if another one is running, in another thread: their blocks could not be told apart.
         """
+        if self._is_busy:
+            self.clock.reset()  # it was told of a call that does not belong to the generation that runs
+            raise RuntimeError(
+                "a model with a cache runs one call at a time, and another thread is calling it; give each thread a "
+                "model of its own (pipelines made by from_pipe share one), or let them take turns by generations"
+            )
+        self._is_busy = True  # nothing is called since it was looked at, so no other thread could run in between
+        try:
+            return self._around_root(run, arguments, latents)
+        finally:
+            self._is_busy = False
+
+    def _around_root(self, run: Run, arguments: dict[str, Any], latents: Tensor) -> Any:
         state = self.clock.state
         self._ended = None
         if state is None:
@@ -189,6 +206,7 @@ class CacheEngine(UnitSeams):
         for unit in self.units[state.expert]:
             if unit.key not in call.runs:  # within something that another cache skipped: its value would be too old
                 self.keeper.drop_unit(call, unit)
+        self._count_judges()
         if state.steps is not None and state.step >= state.steps - 1:
             self._forget_last(state)
 
@@ -203,4 +221,8 @@ class CacheEngine(UnitSeams):
         track = self._tracks.pop((expert, branch), None)
         if track is not None:
             track.judges.clear()  # the latest calls still know the track, and judges hold tensors
+            self._count_judges()
         self.keeper.drop(expert, branch)
+
+    def _count_judges(self) -> None:
+        self.keeper.count_judges(judge for track in self._tracks.values() for judge in track.judges.values())

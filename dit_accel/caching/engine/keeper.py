@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from ..store import Demand, Store
 
 if TYPE_CHECKING:
     from ...clock import StepClock
+    from ..policies.base import Judge
     from ..predictors.base import Predictor
     from ..recipe import Cache
     from ..record import CacheRecord
@@ -55,6 +57,7 @@ class Keeper:
         self._forms: dict[_Key, _Form] = {}
         self._predictor: Predictor = cache.predictor
         self._planned: tuple[int, int] | None = None  # generation, branches
+        self._judge_bytes = 0
         self.unit_counts: dict[str, int] = {}  # by expert
 
     def has(self, call: OpenCall) -> bool:
@@ -103,7 +106,7 @@ class Keeper:
             for place in range(len(values)):
                 self._store.drop((*key, place))
             self._record.downgrades[:] = self._store.downgrades
-        self._record.keep(self._store.bytes)
+        self._note_bytes()
 
     def predict(self, call: OpenCall, unit: Unit) -> Streams:
         """The value of a unit that is skipped, stream by stream; nobody may write into it."""
@@ -147,20 +150,28 @@ class Keeper:
         """Forgets one branch."""
         for key in [key for key in self._forms if key[:2] == (expert, branch)]:
             self._drop(key)
-        self._record.keep(self._store.bytes)
+        self._note_bytes()
 
     def drop_unit(self, call: OpenCall, unit: Unit) -> None:
         """Forgets one unit of the branch of a call."""
         if self.has_unit(call, unit):
             self._drop(_key(call, unit))
-            self._record.keep(self._store.bytes)
+            self._note_bytes()
 
     def clear(self) -> None:
         """Forgets everything."""
         self._forms.clear()
         self._store.clear()
         self._planned = None
-        self._record.keep(0)
+        self._note_bytes()
+
+    def count_judges(self, judges: Iterable[Judge]) -> None:
+        """Takes note of what policies keep to compare with; the bound on memory is not on it."""
+        self._judge_bytes = sum(judge.kept_bytes for judge in judges)
+        self._note_bytes()
+
+    def _note_bytes(self) -> None:
+        self._record.keep(self._store.bytes + self._judge_bytes)
 
     def _drop(self, key: _Key) -> None:
         form = self._forms.pop(key, None)

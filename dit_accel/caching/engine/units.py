@@ -199,8 +199,14 @@ class UnitSeams:
         return left
 
     @_timed
-    def leave(self, unit: Unit, left: Streams) -> None:
-        """Told what left a unit that was computed."""
+    def leave(self, unit: Unit, left: Streams, main: int = 0) -> None:
+        """Told what left a unit that was computed.
+
+        Args:
+            unit: which.
+            left: all of its streams.
+            main: which of them is that of the video or image tokens, the one that audits look at.
+        """
         call = self._call
         run = call.runs.get(unit.key) if call is not None else None
         if call is None or run is None:
@@ -210,7 +216,7 @@ class UnitSeams:
         if not run.is_repeated:
             self.keeper.keep(call, unit, values)
         if run.predicted is not None:
-            self._audit(call, run.predicted, values)
+            self._audit(call, run.predicted[main], values[main])
         run.entered, run.predicted = (), None
 
     # ---- outputs as units: single modules, the inside of a UNet, the unconditional branch of guidance --------------

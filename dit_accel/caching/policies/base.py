@@ -73,6 +73,13 @@ class Judge(ABC):
     #: What that number is compared with, if anything.
     threshold: float | None = None
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the tensors among its attributes, alone or in tuples, for the report; each counts once."""
+        values = (value if isinstance(value, tuple) else (value,) for value in vars(self).values())
+        found = {id(part): part for value in values for part in value if isinstance(part, Tensor)}
+        return sum(part.nbytes for part in found.values())
+
     @abstractmethod
     def wants_compute(self, sight: Sight) -> bool:
         """Whether the call is to be computed. Not asked where limits decide. May wait for the device, once."""

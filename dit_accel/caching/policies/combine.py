@@ -86,6 +86,11 @@ class CombinedJudge(Judge):
     def __init__(self, judges: Sequence[Judge], rule: Callable[[Iterable[bool]], bool]) -> None:
         self.judges, self._rule = tuple(judges), rule
 
+    @property
+    def kept_bytes(self) -> int:
+        """See :attr:`Judge.kept_bytes`; those of all parts."""
+        return sum(judge.kept_bytes for judge in self.judges)
+
     def wants_compute(self, sight: Sight) -> bool:
         """See :meth:`Judge.wants_compute`."""
         answers = [judge.wants_compute(sight) for judge in self.judges]
