@@ -81,6 +81,7 @@ class Acceleration:
         self._plans: dict[tuple[StaticAttnProcessor, TokenLayout, torch.device], SparsePlan] = {}
         self._tally = Tally()
         self._steps: tuple[int, set[int]] = (-1, set())
+        self._begun: dict[str, int] = {}  # by expert: the generation whose first call it has had
         self._backend: tuple[str, str] | None = None
         self._installed: list[RootInstallation] = []
         self._undo: list[Callable[[], None]] = []
@@ -192,7 +193,7 @@ class Acceleration:
         if self.processor is not None:
             self.processor.check_family(family_of(root))
         installed = RootInstallation(
-            root, expert, self.clock, self.controls, self.block_hooks, self._before, self._after
+            root, expert, self.clock, self.controls, self.block_hooks, self._before, self._after, self._end
         )
         self._installed.append(installed)
         object.__setattr__(root, _HANDLE, self)
@@ -226,6 +227,9 @@ class Acceleration:
         processor = self._recipe(installed, state)
         if self.caches and processor is not None:
             processor = self._beside_caches(processor, state)
+        if processor is not None and self._begun.get(installed.expert) != state.generation:
+            self._begun[installed.expert] = state.generation
+            self._set_up(processor, installed, state, device)
         renew = self._has_drifted(processor, installed, state)
         for site in installed.sites.values():
             if processor is None or not self._is_sparse(processor, site, state):
@@ -238,6 +242,26 @@ class Acceleration:
                 site.prepare(state, self._plan(processor, site, state, device))
         if self._timer is not None:
             self._timer.begin(state, installed.device)
+
+    def _set_up(
+        self, processor: SparseAttnProcessor, installed: RootInstallation, state: StepState, device: torch.device
+    ) -> None:
+        """Makes at a generation's first call what sparse steps need: a layout that does not fit is refused now."""
+        if state.steps is None:
+            return
+        last = replace(state, step=state.steps - 1)
+        for site in installed.sites.values():
+            if not self._is_sparse(processor, site, last):
+                continue
+            if isinstance(processor, (DynamicAttnProcessor, OperatorAttnProcessor)):
+                site.set_up(processor, last, device)
+            elif not processor.schedule.has_budgets:  # else plans differ from step to step
+                self._plan(processor, site, last, device)
+
+    def _end(self) -> None:
+        """A pipeline is done: what its next run makes is another generation, whatever it begins with."""
+        self.caches.forget()
+        self.clock.reset()
 
     def _is_sparse(self, processor: SparseAttnProcessor, site: Site, state: StepState) -> bool:
         return processor.is_sparse(site.info, state) and not (

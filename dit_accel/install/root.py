@@ -22,6 +22,7 @@ from .site import Site
 
 BeforeCall = Callable[["RootInstallation", StepState], None]
 AfterCall = Callable[["RootInstallation"], None]
+AfterGeneration = Callable[[], None]
 
 
 class RootInstallation:
@@ -35,6 +36,7 @@ class RootInstallation:
         block_hooks: hooks around every block; a token permutation among them acts on all of them together.
         before_call: runs before each call of the root, outside compiled code; prepares the sites.
         after_call: runs after it, also if it fails.
+        after_generation: runs when a pipeline says that it has ended, also if no step was the last one.
 
     Raises:
         UnknownModelError: if the family of the root is not registered.
@@ -50,11 +52,12 @@ class RootInstallation:
         block_hooks: tuple[BlockHook, ...],
         before_call: BeforeCall,
         after_call: AfterCall,
+        after_generation: AfterGeneration,
     ) -> None:
         self.root: Any = root
         self.expert, self.clock = expert, clock
         self.family: Family = family_of(root)
-        self._before_call, self._after_call = before_call, after_call
+        self._before_call, self._after_call, self._after_generation = before_call, after_call, after_generation
         self._signature = inspect.signature(type(root).forward)
         self._outside = False  # whether the clock is kept by the wrapper of compiled code, not by the hooks inside it
         self._undo: list[Callable[[], None]] = []
@@ -119,6 +122,7 @@ class RootInstallation:
         self._undo.append(self.root.register_forward_pre_hook(self._on_call, with_kwargs=True).remove)
         self._undo.append(self.root.register_forward_hook(self._on_return, always_call=True).remove)
         self._shadow("compile", self._compile)
+        self._shadow("_reset_stateful_cache", self._reset)
         if hasattr(self.root, "cache_context"):
             self._shadow("cache_context", self._cache_context)
 
@@ -196,7 +200,7 @@ class RootInstallation:
         self.device = next((a.device for a in arguments.values() if isinstance(a, torch.Tensor)), torch.device("cpu"))
         layout = self.family.layout(self.root, arguments)
         if self._stack is not None:
-            layout = self._stack.begin(layout, next(self.root.parameters()).device)
+            layout = self._stack.begin(layout, self.device)
         padding = self.family.padding(self.root, arguments)
         for site in self.sites.values():
             site.set_tokens(self.family.site_layout(self.root, site.info.path, layout), padding)
@@ -228,6 +232,13 @@ class RootInstallation:
 
         self.root._compiled_call_impl = call
         self._undo.append(lambda: setattr(self.root, "_compiled_call_impl", None))
+
+    def _reset(self, *args: Any, **kwargs: Any) -> None:
+        """What pipelines call on all their models when they are done (``maybe_free_model_hooks``)."""
+        stock = getattr(type(self.root), "_reset_stateful_cache", None)
+        if stock is not None:
+            stock(self.root, *args, **kwargs)
+        self._after_generation()
 
     @contextlib.contextmanager
     def _cache_context(self, name: str, **fields: Any) -> Iterator[Any]:

@@ -146,6 +146,12 @@ class Site:
         decides = plan is not None or search is not None or self.operator is not None
         self.is_stock = not (decides or self.active or self.timer is not None)
 
+    def set_up(
+        self, method: DynamicAttnProcessor | OperatorAttnProcessor, state: StepState, device: torch.device
+    ) -> None:
+        """Makes what a method needs at this layout, which refuses a layout that it does not fit."""
+        self._setup_for(method, self.layout or state.layout, device)
+
     def settle(self, state: StepState) -> float | torch.Tensor | None:
         """After a call: keeps the plan it found, and says how dense the plan was that it followed.
 
