@@ -2,10 +2,12 @@
 
     python benchmarks/auto.py efficiency --device cpu
     python benchmarks/auto.py share --device cpu
+    python benchmarks/auto.py efficiency --device cuda   # in bfloat16, which models run in there
 
 `efficiency` is the speed of one attention call by each method, its choice of blocks included, over that of dense
 attention, times the pairs it computes: 1 would mean that leaving out pairs saves all it could.  `share` is the part of
-a model's time that attention takes, and from it the work besides attention in the unit of the estimate.
+a model's time that attention takes, and from it the work besides attention in the unit of the estimate.  Without an
+installation, put the root of the repository on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ METHODS: dict[str, tuple[tuple[tuple[int, int, int], ...], dict[str, Any]]] = {
     "neighborhood": (IMAGES, {"stride": "tile"}),
 }
 HEADS, DIM = 3, 64
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:
@@ -44,21 +47,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("efficiency", "share"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 elsewhere")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     device = torch.device(options.device)
-    made = (efficiency if options.what == "efficiency" else share)(device, options.repeats)
-    versions = {"torch": torch.__version__, "device": options.device, "threads": torch.get_num_threads()}
+    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    made = (efficiency if options.what == "efficiency" else share)(device, DTYPES[dtype], options.repeats)
+    versions = {"torch": torch.__version__, "device": options.device, "dtype": dtype}
+    versions |= {"threads": torch.get_num_threads()}
     print(json.dumps({"what": options.what, **versions, "rows": made}, indent=1))
 
 
-def efficiency(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def efficiency(device: torch.device, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     """One row for each method and grid."""
     rows = []
     for method, (grids, settings) in METHODS.items():
         for grid in grids:
             layout = TokenLayout.video_only(grid)
-            q, k, v = _smooth(grid, device)
+            q, k, v = (tensor.to(dtype) for tensor in _smooth(grid, device))
             call, density = _sparse(method, settings, layout, q, k, v)
             dense, sparse = _in_turns((partial(_dense, q, k, v), call), device, repeats)
             row = {"method": method, "grid": grid, "density": round(density, 3), "speedup": round(dense / sparse, 2)}
@@ -66,23 +72,26 @@ def efficiency(device: torch.device, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def share(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def share(device: torch.device, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     """A call of the model that ships, and its attention alone; one row for each length."""
     from diffusers import WanTransformer3DModel
 
     from dit_accel import shapes
 
-    model = WanTransformer3DModel.from_pretrained(shapes.path("shapes-wan") / "transformer").eval().to(device)
-    return [_share(model, grid, device, repeats) for grid in (VIDEOS[1], VIDEOS[3])]
+    folder = shapes.path("shapes-wan") / "transformer"
+    model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype).eval().to(device)
+    return [_share(model, grid, device, dtype, repeats) for grid in (VIDEOS[1], VIDEOS[3])]
 
 
-def _share(model: Any, grid: tuple[int, int, int], device: torch.device, repeats: int) -> dict[str, Any]:
+def _share(
+    model: Any, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype, repeats: int
+) -> dict[str, Any]:
     tokens = grid[0] * grid[1] * grid[2]
-    latents = torch.randn(1, 16, grid[0], 2 * grid[1], 2 * grid[2], device=device)
-    text = torch.randn(1, 16, model.config.text_dim, device=device)
+    latents = torch.randn(1, 16, grid[0], 2 * grid[1], 2 * grid[2], device=device, dtype=dtype)
+    text = torch.randn(1, 16, model.config.text_dim, device=device, dtype=dtype)
     timestep = torch.tensor([500.0], device=device)
     heads, dim = model.config.num_attention_heads, model.config.attention_head_dim
-    q, k, v = torch.randn(3, 1, heads, tokens, dim, device=device)
+    q, k, v = torch.randn(3, 1, heads, tokens, dim, device=device, dtype=dtype)
 
     def whole() -> Any:
         with torch.no_grad():

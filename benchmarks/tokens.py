@@ -6,7 +6,8 @@
 
 Each prints one JSON object.  `permutation` runs a Wan transformer of random weights with one plan of random blocks,
 three ways: its tokens permuted in every attention call, once per call of the model, and not at all (the blocks then
-hold other tokens, at the same cost).  Times on a CPU say little; the differences are right anywhere.
+hold other tokens, at the same cost).  Times on a CPU say little; the differences are right anywhere.  Without an
+installation, put the root of the repository on PYTHONPATH.
 """
 
 from __future__ import annotations

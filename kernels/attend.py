@@ -130,8 +130,10 @@ def explain(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, *, residual: Resi
 
 def choose_backend(device_type: str, dtype: torch.dtype, head_dim: int, plan: SparsePlan) -> Support:
     """Says what "auto" runs for such tensors with a contiguous head dimension; the reason says why not Triton."""
-    call = Call(device_type, dtype, head_dim, plan.block_q, plan.block_kv, all_full=plan.pair_test is None)
-    return choose(call)
+    facts = (device_type, dtype, head_dim, plan.block_q, plan.block_kv)
+    # A plan made elsewhere, such as on the CPU, leaves open which GPU it is for.
+    index = plan.device.index if plan.device.type == device_type else None
+    return choose(Call(*facts, all_full=plan.pair_test is None, device_index=index))
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

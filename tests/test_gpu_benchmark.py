@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from dit_accel.kernels.support import Support
+from dit_accel.kernels.triton_kernels.self_check import Outcome
+from dit_accel.processors import RadialAttnProcessor
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 RATES = {"tflops", "speedup", "efficiency", "overhead"}
@@ -48,7 +54,8 @@ def test_toy_sizes_claim_no_speed(smoke: dict[str, Any]) -> None:
 def test_the_checks_cover_kinds_and_gradients(smoke: dict[str, Any]) -> None:
     rows = smoke["sections"]["check"]["rows"]
     assert {"random", "banded", "neighborhood", "bitmap", "random, residual"} <= {row["plan"] for row in rows}
-    assert any(row.get("what") == "gradients" for row in rows)
+    kinds = {row["plan"] for row in rows if row.get("what") == "gradients"}
+    assert kinds == {"random", "banded", "neighborhood", "bitmap", "random, residual"}
     assert all(row["ok"] and row["error"] > 0 for row in rows)
 
 
@@ -56,6 +63,9 @@ def test_methods_and_models(smoke: dict[str, Any]) -> None:
     wan = [row for row in smoke["sections"]["models"]["rows"] if row["model"] == "toy Wan"]
     assert [row["method"] for row in wan] == ["dense", "radial", "block_routing"]
     assert all(row["density"] < 1 for row in wan[1:])
+    hunyuan = [row for row in smoke["sections"]["models"]["rows"] if row["model"] == "toy HunyuanVideo"]
+    dense = ["dense, full masks left out", "dense, masks as given"]
+    assert [row["method"] for row in hunyuan] == [*dense, "radial", "block_routing"]
 
 
 def test_the_environment_is_on_record(smoke: dict[str, Any]) -> None:
@@ -86,6 +96,7 @@ def test_kernel_options_in_the_interpreter(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     sections = json.loads(out.read_text())["sections"]
     assert "triton:pointer" in {row["backend"] for row in sections["check"]["rows"]}
+    assert {"block mass", "block means"} <= {row.get("what") for row in sections["check"]["rows"]}
     rows = sections["options"]["rows"]
     assert len(rows) == 12 and all(row["error"] < 1e-5 for row in rows)
     assert any(row["error"] > 0 for row in rows if row["softmax"] != "online")
@@ -98,7 +109,6 @@ def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, *options
 
 
 def session(script: ModuleType, left: float) -> Any:
-    from importlib import import_module
     from time import monotonic
 
     return import_module("gpu_sections.session").Session(torch.device("cpu"), True, monotonic() + left)
@@ -108,8 +118,6 @@ def session(script: ModuleType, left: float) -> Any:
 def test_wrong_attention_is_not_timed(
     fault: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from importlib import import_module
-
     check = import_module("gpu_sections.check")
     right = check.attend
 
@@ -128,6 +136,117 @@ def test_wrong_attention_is_not_timed(
     assert code == 1 and set(result["sections"]) == {"check"}
     assert not any(row["ok"] for row in result["sections"]["check"]["rows"] if row.get("what") != "gradients")
     assert "No speed was measured" in capsys.readouterr().err
+
+
+def test_a_variant_that_failed_its_self_check_stops_the_run(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = import_module("gpu_sections.check")
+    outcome = Outcome(False, None, "its self-check on cuda:0 failed with CompilationError: no such instruction")
+    monkeypatch.setattr(check, "known_outcomes", lambda kind: {"tma": outcome, "gluon": outcome})
+    code, result = run(script, monkeypatch, tmp_path / "gpu.json", "--only", "ceilings")
+    wrong = [row for row in result["sections"]["check"]["rows"] if not row["ok"]]
+    assert code == 1 and [row["backend"] for row in wrong] == ["triton:tma"]
+    assert "CompilationError" in capsys.readouterr().err
+
+
+def test_a_gpu_without_the_pointer_variant_stops_the_run(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = import_module("gpu_sections.check")
+    monkeypatch.setattr(check, "check", lambda name, call: Support(name, False, "triton is not installed"))
+    (row,) = check._self_checks(torch.device("cuda", 0))
+    assert row["backend"] == "triton:pointer" and not row["ok"] and row["failed"] == "triton is not installed"
+
+
+BAD_GLUON = {
+    "wrong": ("""print('{"plan": "random", "ok": false}')""", "wrong"),
+    "raises": ("""print('{"plan": "random", "ok": true}'); raise RuntimeError("no address")""", "no address"),
+    "hangs": ("import time; time.sleep(60)", "not done after"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_GLUON)
+def test_gluon_is_reported_and_gates_nothing(
+    fault: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gluon, check = import_module("gpu_sections.gluon"), import_module("gpu_sections.check")
+    program, reason = BAD_GLUON[fault]
+    monkeypatch.setattr(gluon, "_PATIENCE", 2.0 if fault == "hangs" else 60.0)
+    made = session(script, left=99.0)
+    rows = list(gluon.judged(made, [sys.executable, "-c", program]))
+    assert not rows[-1]["ok"] and not any(row["gate"] for row in rows)
+    assert script.problem_of({"status": "done", "rows": [{"ok": True}, *rows]}) is None
+    assert reason in made.refused["triton:gluon"]
+    assert "triton:gluon" not in check._CHECKED
+
+
+def test_a_refused_variant_is_not_timed(script: ModuleType) -> None:
+    forward, made = import_module("gpu_sections.forward"), session(script, left=9.0)
+    made.refused["triton:gluon"] = "it hung"
+    rows = [row for row in forward._variants(made, forward.SMOKE_SHAPES, 32) if row["variant"] == "triton:gluon"]
+    assert [row["skipped"] for row in rows] == ["it hung"]
+
+
+@pytest.mark.parametrize("fault", ["", "block_mass", "block_means"])
+def test_wrong_search_kernels_are_found(fault: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = import_module("gpu_sections.check")
+    monkeypatch.setattr(check, "check", lambda name, call: Support(name, True, ""))
+    for name in ("block_mass", "block_means"):
+        monkeypatch.setattr(check, name, on_torch(getattr(check, name), 1.01 if name == fault else 1.0))
+    rows = list(check._search_rows(session(script, left=9.0)))
+    assert {row["what"] for row in rows} == {"block mass", "block means"}
+    assert all(row["ok"] == (row["what"] != fault.replace("_", " ")) for row in rows), rows
+
+
+def on_torch(search: Callable[..., Any], factor: float) -> Callable[..., Any]:
+    """Stands in for a search kernel that is off by a factor."""
+
+    def found(*args: Any, backend: str, **options: Any) -> Any:
+        result, off = search(*args, backend="torch", **options), factor if backend == "triton" else 1.0
+        return (result[0] * off, result[1]) if isinstance(result, tuple) else result * off
+
+    return found
+
+
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_only_full_masks_are_left_out(hidden: int, script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = import_module("gpu_sections.models")
+    device = torch.device("cpu")
+    seen: list[torch.Tensor | None] = []
+    transformer = models.build(models.TOY_HUNYUAN, device, torch.float32)
+    inputs = models.TOY_HUNYUAN.inputs(device, torch.float32)
+    inputs["encoder_attention_mask"][:, 7 - hidden :] = False
+    module: Any = sys.modules[type(transformer).__module__]
+    stock = module.dispatch_attention_fn
+
+    def dispatch(*args: Any, attn_mask: Any, **options: Any) -> Any:
+        seen.append(attn_mask)
+        return stock(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(module, "dispatch_attention_fn", dispatch)
+    with torch.no_grad():
+        expected = transformer(**inputs, return_dict=False)[0]
+        assert seen and not any(mask is None for mask in seen)
+        seen.clear()
+        with models.full_masks_left_out(transformer):
+            found = transformer(**inputs, return_dict=False)[0]
+    assert seen and all((mask is None) == (hidden == 0) for mask in seen)
+    torch.testing.assert_close(found, expected)
+    assert module.dispatch_attention_fn is dispatch
+
+
+def test_time_is_shared_by_weight_among_what_is_asked_for(script: ModuleType) -> None:
+    assert list(script.SECTIONS)[-1] == "models"
+    assert script.share_of("models", ["check", *script.SECTIONS], 100.0, 500.0) == 500.0
+    weights = [script.SECTIONS[name] for name in ("planning", "models")]
+    wanted = 100.0 + 400.0 * weights[0] / sum(weights)
+    assert script.share_of("planning", ["check", "models", "planning"], 100.0, 500.0) == pytest.approx(wanted)
+
+
+def test_nothing_starts_behind_the_budget(script: ModuleType) -> None:
+    arguments = argparse.Namespace(smoke=False, budget_seconds=-1.0, only=["ceilings"])
+    sections = script.finished_sections(arguments, torch.device("cpu"))
+    next(sections)  # the check
+    assert next(sections) == ("ceilings", {"status": "skipped", "reason": "the budget was used up before", "rows": []})
 
 
 def test_some_sections_only(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -157,3 +276,70 @@ def test_percentiles(script: ModuleType) -> None:
     made = session(script, left=9.0)
     timing = type(made).__init__.__globals__["Timing"].of([float(value) for value in range(11)])
     assert (timing.p20, timing.p50, timing.p80, timing.repeats) == (2.0, 5.0, 8.0, 11)
+
+
+def printed(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str, **replaced: Any
+) -> dict[str, Any]:
+    """What another script of the folder prints, with some of its globals replaced by what a function makes of them."""
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for variable, make in replaced.items():
+        setattr(module, variable, make(getattr(module, variable)))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
+    module.main()
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+@pytest.mark.parametrize("what", ["forward", "loop"])
+def test_radial_times_no_building_of_plans(
+    what: str, tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = [0]
+    dtypes: set[torch.dtype] = set()
+    build = RadialAttnProcessor.build_plan
+
+    def build_plan(*args: Any) -> Any:
+        built[0] += 1
+        return build(*args)
+
+    def watched(timed: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+            before = built[0]
+            result: tuple[float, torch.Tensor] = timed(run)
+            dtypes.add(result[1].dtype)
+            assert built[0] == before, "a plan was built while the clock ran"
+            return result
+
+        return measured
+
+    monkeypatch.setattr(RadialAttnProcessor, "build_plan", build_plan)
+    sizes = ["--grid", "3x8x8", "--frames", "9", "--side", "128", "--steps", "4", "--repeats", "2"]
+    options = [what, "--model", str(tiny_wan_folder), "--dtype", "bfloat16", "--device", "cpu", *sizes]
+    result = printed("radial", monkeypatch, capsys, *options, _timed=watched)
+    assert built[0] >= (2 if what == "forward" else 1)
+    assert result["dtype"] == "bfloat16" and result["plan_density"] <= 1
+    assert what == "loop" or dtypes == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("options", "dtype"), [((), "float32"), (("--dtype", "bfloat16"), "bfloat16")])
+def test_auto_measures_in_the_dtype_it_names(
+    options: tuple[str, ...], dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[torch.dtype] = []
+
+    def watched(dense: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*inputs: torch.Tensor) -> Any:
+            seen.extend(tensor.dtype for tensor in inputs)
+            return dense(*inputs)
+
+        return call
+
+    one = {"radial": (((2, 8, 8),), {"block": 64})}
+    result = printed(
+        "auto", monkeypatch, capsys, "efficiency", "--repeats", "1", *options, METHODS=lambda _: one, _dense=watched
+    )
+    assert result["dtype"] == dtype and set(seen) == {getattr(torch, dtype)} and len(result["rows"]) == 1

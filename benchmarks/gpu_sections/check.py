@@ -1,8 +1,12 @@
-"""Correctness before speed: every backend that takes the call, against float32 and float64 attention."""
+"""Correctness before speed: every backend that takes the call, against float32 and float64 attention.
+
+Then the search kernels and the gradients.  Rows have `ok`; those with `gate` false are of backends that run only if
+named, and are reported without holding up the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,9 +16,13 @@ from torch import Tensor
 
 from dit_accel.kernels.attend import attend
 from dit_accel.kernels.residual import block_residual
+from dit_accel.kernels.search.mass import block_mass
+from dit_accel.kernels.search.pooled import block_means
 from dit_accel.kernels.sparse_plan import SparsePlan
 from dit_accel.kernels.support import NAMES, Call, check
+from dit_accel.kernels.triton_kernels.self_check import known_outcomes
 
+from . import gluon
 from .plans import banded_plan, random_plan, tested_plan
 from .session import Row, Session
 
@@ -22,35 +30,87 @@ from .session import Row, Session
 _TOLERANCE = {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 _LSE_TOLERANCE = 1e-3
 _GRADIENT_TOLERANCE = 3e-2
+# Sums of products of the same numbers, in another order.
+_MASS_TOLERANCE = 1e-3
+_MEANS_TOLERANCE = 1e-4
 _SAMPLED_ROWS = 64
 _RESIDUAL = "random, residual"
 _RARER = ("neighborhood", "bitmap", _RESIDUAL)
+# What "auto" may choose of the Triton kernel.
+_AUTOMATIC = ("pointer", "tma")
 # The reference is what all are held against; FlexAttention compiles for every case and is not ours to vouch for; what
-# "triton" chooses is checked under its own name.
-_UNCHECKED = ("reference", "flex", "triton")
+# "triton" chooses is checked under its own name, and gluon in a process of its own.
+_UNCHECKED = ("reference", "flex", "triton", gluon.NAME)
+_CHECKED = tuple(name for name in NAMES if name not in _UNCHECKED)
+_ONLY_IF_NAMED = ("xformers",)
 
 
 def run(session: Session) -> Iterator[Row]:
-    """Rows with `ok`; the caller ends the run at the first that is not."""
-    tokens = 200 if session.smoke else 1000
-    blocks, dims = ((32, 64), (32,)) if session.smoke else ((64, 128), (64, 128))
+    """Rows with `ok`; the caller measures nothing unless all are that gate."""
+    yield from _self_checks(session.device)
+    yield from attention_rows(session, _CHECKED)
+    shape = (1, 2, 1000, 32) if session.smoke else (1, 24, 119056, 128)
+    case = {"shape": list(shape), "dtype": "bfloat16", "block": 128, "plan": "random, rows sampled", "backend": "auto"}
+    yield _judged(case, partial(_sampled_error, session, shape))
+    yield from _search_rows(session)
+    yield from _gradient_rows(session)
+    yield from gluon.rows(session)
+
+
+def _sizes(session: Session) -> tuple[int, tuple[int, int], tuple[int, ...]]:
+    """Tokens, blocks and head dims of the small cases."""
+    return (200, (32, 64), (32,)) if session.smoke else (1000, (64, 128), (64, 128))
+
+
+def _self_checks(device: torch.device) -> Iterator[Row]:
+    """What the kernel's own checks found: a variant that failed them takes no call, so no other row tells of it."""
+    for variant in _AUTOMATIC:
+        name = f"triton:{variant}"
+        support = check(name, Call(device.type, torch.bfloat16, 128, 128, 128, device_index=device.index))
+        case: Row = {"plan": "self-check", "backend": name, "what": "self-check"}
+        if (outcome := known_outcomes(device.type).get(variant)) is not None:
+            yield case | {"ok": outcome.ok, "error": outcome.error, "reason": outcome.reason}
+        elif device.type == "cuda" and variant == "pointer" and not support.ok:
+            # That one runs on any GPU, so its sparse attention would be that of another backend.
+            yield case | {"ok": False, "failed": support.reason}
+
+
+def attention_rows(session: Session, names: Collection[str]) -> Iterator[Row]:
+    """Whole outputs of the named backends that take a call, over kinds of plans, dtypes, blocks and head dims."""
+    tokens, blocks, dims = _sizes(session)
     small = [(torch.bfloat16, dim, block, kind) for dim in dims for block in blocks for kind in ("random", "banded")]
     small += [(torch.bfloat16, dims[-1], blocks[-1], kind) for kind in _RARER]
     small += [(torch.float16, dims[-1], blocks[-1], "random"), (torch.float32, dims[0], blocks[0], "banded")]
     for dtype, dim, block, kind in small:
         shape = (2, 3, tokens, dim)
         plan = _plan(kind, tokens, block, session.device)
-        for backend in _backends(session, shape, dtype, plan, kind):
-            case = {"shape": list(shape), "dtype": _name(dtype), "block": block, "plan": kind, "backend": backend}
+        for backend in _backends(session, shape, dtype, plan, kind, names):
+            case: Row = {"shape": list(shape), "dtype": _name(dtype), "block": block, "plan": kind}
+            case |= {"backend": backend, "gate": backend not in _ONLY_IF_NAMED}
             yield _judged(case, partial(_whole_error, session, shape, dtype, plan, backend, kind == _RESIDUAL))
-    shape = (1, 2, 1000, 32) if session.smoke else (1, 24, 119056, 128)
-    case = {"shape": list(shape), "dtype": "bfloat16", "block": 128, "plan": "random, rows sampled", "backend": "auto"}
-    yield _judged(case, partial(_sampled_error, session, shape))
-    for dim in dims:
-        shape = (1, 2, tokens, dim)
-        case = {"shape": list(shape), "dtype": "bfloat16", "block": blocks[-1], "plan": "random"}
+
+
+def _search_rows(session: Session) -> Iterator[Row]:
+    """The search kernels against the same searches by torch; only where Triton runs."""
+    tokens, blocks, dims = _sizes(session)
+    for dtype, dim in [*((torch.bfloat16, dim) for dim in dims), (torch.float32, dims[0])]:
+        shape, block = (2, 3, tokens, dim), blocks[-1]
+        call = Call.of(*session.randn(shape, dtype), block, block)
+        if session.device.type != "cuda" and not check("triton:pointer", call).ok:
+            continue
+        for what, error in (("block mass", _mass_error), ("block means", _means_error)):
+            case = {"shape": list(shape), "dtype": _name(dtype), "block": block, "plan": "none", "backend": "triton"}
+            yield _judged(case | {"what": what}, partial(error, session, shape, dtype, block))
+
+
+def _gradient_rows(session: Session) -> Iterator[Row]:
+    tokens, blocks, dims = _sizes(session)
+    cases = [(dim, "random") for dim in dims] + [(dims[-1], kind) for kind in ("banded", *_RARER)]
+    for dim, kind in cases:
+        shape = (1, 3, tokens, dim)
+        case = {"shape": list(shape), "dtype": "bfloat16", "block": blocks[-1], "plan": kind}
         case |= {"backend": "auto", "what": "gradients"}
-        yield _judged(case, partial(_gradient_error, session, shape, blocks[-1]))
+        yield _judged(case, partial(_gradient_error, session, shape, blocks[-1], kind))
 
 
 def _plan(kind: str, tokens: int, block: int, device: torch.device) -> SparsePlan:
@@ -63,18 +123,23 @@ def _plan(kind: str, tokens: int, block: int, device: torch.device) -> SparsePla
 
 
 def _backends(
-    session: Session, shape: tuple[int, int, int, int], dtype: torch.dtype, plan: SparsePlan, kind: str
+    session: Session,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    plan: SparsePlan,
+    kind: str,
+    names: Collection[str],
 ) -> list[str]:
     all_full = plan.pair_test is None and kind != _RESIDUAL
     call = Call.of(*session.randn(shape, dtype), plan.block_q, plan.block_kv, all_full=all_full)
-    return [name for name in NAMES if name not in _UNCHECKED and check(name, call).ok]
+    return [name for name in names if check(name, call).ok]
 
 
 def _judged(case: Row, measured: Callable[[], Row]) -> Row:
     """A kernel that raises is as wrong as one that miscounts."""
     try:
         return case | measured()
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except Exception as error:
         return case | {"ok": False, "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
@@ -118,17 +183,49 @@ def _sampled_error(session: Session, shape: tuple[int, int, int, int]) -> Row:
     return {"error": error, "ok": error <= _TOLERANCE[torch.bfloat16] and finite}
 
 
-def _gradient_error(session: Session, shape: tuple[int, int, int, int], block: int) -> Row:
+def _mass_error(session: Session, shape: tuple[int, int, int, int], dtype: torch.dtype, block: int) -> Row:
+    torch.manual_seed(5)
+    # The search takes [batch, tokens, heads, dim].
+    q, k = (t.transpose(1, 2) for t in session.randn(shape, dtype, 2))
+    sizes: dict[str, Any] = {"block_q": block, "block_kv": block}
+    with poisoned_memory():
+        mass, lse = block_mass(q, k, return_lse=True, backend="triton", **sizes)
+    expected, expected_lse = block_mass(q, k, return_lse=True, backend="torch", **sizes)
+    error = ((mass - expected).abs().max() / expected.max()).item()
+    lse_error = (lse - expected_lse).abs().max().item()
+    return {"error": error, "lse_error": lse_error, "ok": error <= _MASS_TOLERANCE and lse_error <= _LSE_TOLERANCE}
+
+
+def _means_error(session: Session, shape: tuple[int, int, int, int], dtype: torch.dtype, block: int) -> Row:
+    torch.manual_seed(6)
+    x = session.randn(shape, dtype, 1)[0].transpose(1, 2)
+    with poisoned_memory():
+        means = block_means(x, block, backend="triton")
+    error = (means - block_means(x, block, backend="torch")).abs().max().item()
+    return {"error": error, "ok": error <= _MEANS_TOLERANCE}
+
+
+def _gradient_error(session: Session, shape: tuple[int, int, int, int], block: int, kind: str) -> Row:
+    plan = _plan(kind, shape[2], block, session.device)
     torch.manual_seed(4)
-    plan = random_plan(shape[2], shape[1], 0.4, block, block, session.device)
     inputs, grad = session.randn(shape, torch.bfloat16), session.randn(shape, torch.bfloat16, 1)[0]
     found, expected = (
-        torch.autograd.grad(attend(*leaves, plan, backend=backend), leaves, grad.to(leaves[0].dtype))
+        _gradients(leaves, grad, plan, backend, kind == _RESIDUAL)
         for backend, leaves in (("auto", _leaves(inputs)), ("reference", _leaves([t.float() for t in inputs])))
     )
     pairs = zip(found, expected, strict=True)
-    error = max(((got.float() - true).abs().max() / true.abs().max()).item() for got, true in pairs)
-    return {"error": error, "ok": error <= _GRADIENT_TOLERANCE}
+    # Written so that NaN does not pass.
+    errors = [((got.float() - true).abs().max() / true.abs().max()).item() for got, true in pairs]
+    return {"error": max(errors), "ok": all(error <= _GRADIENT_TOLERANCE for error in errors)}
+
+
+def _gradients(
+    leaves: list[Tensor], grad: Tensor, plan: SparsePlan, backend: str, with_residual: bool
+) -> tuple[Tensor, ...]:
+    q, k, v = leaves
+    residual = block_residual(k, v, plan.block_kv) if with_residual else None
+    out = attend(q, k, v, plan, residual=residual, backend=backend)
+    return torch.autograd.grad(out, leaves, grad.to(q.dtype))
 
 
 def _leaves(tensors: list[Tensor]) -> list[Tensor]:

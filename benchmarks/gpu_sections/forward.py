@@ -77,6 +77,9 @@ def _variants(session: Session, shapes: tuple[Shape, ...], block: int) -> Iterat
         for shape in shapes:
             call = Call.of(*session.randn(shape.bhsd, torch.bfloat16), block, block)
             case = {"shape": list(shape.bhsd), "block": [block, block], "variant": name}
+            if name in session.refused:
+                yield case | {"skipped": session.refused[name]}
+                continue
             if not (support := check(name, call)).ok:
                 yield case | {"skipped": support.reason}
                 continue

@@ -49,11 +49,13 @@ class Session:
         device: Where everything runs.
         smoke: Toy sizes, one repeat, no rates: only to see that the script works.
         deadline: `time.monotonic()` at which the current section has to end.
+        refused: Backends that are not to be run in this process, and why; filled in by the checks.
     """
 
     device: torch.device
     smoke: bool
     deadline: float
+    refused: dict[str, str] = field(default_factory=dict)
     _dense: dict[tuple[Any, ...], Timing | str] = field(default_factory=dict)
     _flush: Tensor | None = None
 
@@ -95,7 +97,7 @@ class Session:
         """A row of results, or of the reason why there are none; one case out of memory does not end the others."""
         try:
             return case | measured()
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except Exception as error:  # those of Triton's compiler have no base class of their own in all versions
             message = f"{type(error).__name__}: {error}".splitlines()[0]
         # Outside of the handler, whose traceback keeps the tensors of the failed case alive.
         if self.device.type == "cuda":

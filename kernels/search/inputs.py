@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -81,13 +83,14 @@ def search_backend(backend: str, *tensors: Tensor, block_q: int = 16, block_kv: 
         raise ValueError(f"Unknown search backend {backend!r}. Choose 'auto' or one of {', '.join(SEARCH_BACKENDS)}.")
     if backend == "torch":
         return Support("torch", True, "asked for")
-    device = tensors[0].device.type
-    if backend == "auto" and device != "cuda":
-        return Support("torch", True, f"the tensors are on {device!r} and Triton needs a GPU")
-    strides_ok = all(t.stride(-1) == 1 for t in tensors)
-    support = check("triton", Call(device, tensors[0].dtype, tensors[0].shape[-1], block_q, block_kv, strides_ok))
+    first, device = tensors[0], tensors[0].device
+    if backend == "auto" and device.type != "cuda":
+        return Support("torch", True, f"the tensors are on {device.type!r} and Triton needs a GPU")
+    facts = (device.type, first.dtype, first.shape[-1], block_q, block_kv, all(t.stride(-1) == 1 for t in tensors))
+    # The search kernels read through pointers, so what the other variants need does not matter.
+    support = check("triton:pointer", Call(*facts, device_index=device.index))
     if support.ok:
-        return support
+        return replace(support, backend="triton")
     if backend == "triton":
         raise ValueError(f"The triton search cannot run this call: {support.reason}.")
     return Support("torch", True, f"not triton: {support.reason}")

@@ -142,4 +142,11 @@ def forward_precision(float32: bool, capability: tuple[int, int] | None) -> str:
     """
     if not float32 or capability is None:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if _tf32_is_on() else "tf32x3"
+
+
+def _tf32_is_on() -> bool:
+    # Where torch has the newer switch, it says what either of them was set to; the older one raises once the newer was
+    # used.
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return bool(torch.backends.cuda.matmul.allow_tf32) if newer is None else newer == "tf32"

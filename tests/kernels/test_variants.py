@@ -18,7 +18,8 @@ import torch
 
 from dit_accel.acceleration import Acceleration
 from dit_accel.kernels import ops, support
-from dit_accel.kernels.attend import attend
+from dit_accel.kernels.attend import attend, choose_backend
+from dit_accel.kernels.search.inputs import search_backend
 from dit_accel.kernels.sparse_plan import plan_from_blocks
 from dit_accel.kernels.support import Call, check, choose
 from dit_accel.kernels.triton_kernels import self_check, variants
@@ -140,6 +141,36 @@ def test_every_device_is_checked_for_itself(machine: Machine) -> None:
     assert choose(replace(CALL, device_index=None)).variant == "pointer"
     assert machine.runs == {("tma", 0): 1, ("tma", 1): 1, ("pointer", 1): 1}
     assert self_check.known_outcomes("cuda").keys() == {"tma", "pointer"}
+
+
+def test_the_device_of_a_plan_is_checked_and_not_the_current_one(machine: Machine) -> None:
+    plan: Any = SimpleNamespace(block_q=128, block_kv=128, pair_test=None, device=torch.device("cuda", 0))
+    assert choose_backend("cuda", torch.bfloat16, 128, plan).variant == "tma"
+    assert machine.runs == {("tma", 0): 1}
+    plan.device = torch.device("cpu")
+    choose_backend("cuda", torch.bfloat16, 128, plan)
+    assert machine.runs == {("tma", 0): 1, ("tma", 1): 1}, "a plan on the CPU says nothing about GPUs"
+
+
+def test_a_search_asks_for_the_pointer_variant_on_its_own_device(machine: Machine) -> None:
+    tensor: Any = SimpleNamespace(
+        device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(1, 256, 2, 128), stride=lambda dim: 1
+    )
+    answer = search_backend("auto", tensor, tensor, block_q=128, block_kv=128)
+    assert (answer.backend, answer.variant, answer.ok) == ("triton", "pointer", True)
+    assert machine.runs == {("pointer", 0): 1}
+
+
+def test_a_search_runs_on_torch_where_pointer_is_wrong(machine: Machine) -> None:
+    machine.answers["pointer", 0] = WRONG
+    tensor: Any = SimpleNamespace(
+        device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(1, 256, 2, 128), stride=lambda dim: 1
+    )
+    with pytest.warns(RuntimeWarning):
+        answer = search_backend("auto", tensor)
+    assert answer.backend == "torch" and "its results are wrong" in answer.reason
+    with pytest.raises(ValueError, match="triton search cannot run this call: its results are wrong"):
+        search_backend("triton", tensor)
 
 
 def test_auto_never_takes_gluon(machine: Machine) -> None:
