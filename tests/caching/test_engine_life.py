@@ -345,6 +345,26 @@ def test_chunks_of_a_feed_forward_are_computed() -> None:
                 assert torch.equal(found, stock)
 
 
+def test_nothing_is_held_behind_a_generation_that_ends_early(wan: Subject) -> None:
+    """As that of a base model ends before its refiner begins; its pipeline says that it is done."""
+    stock = wan.run()
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step == 3  # the pipeline passes over all steps to come
+        return {}
+
+    with dit_accel.accelerate(wan.pipe, cache=Cache(Whole(), Static(compute_steps=(0, 1, 3)))) as handle:
+        engine = handle.caches.engines[0]
+        wan.run(callback_on_step_end=stop)
+        assert {each.step for each in engine.record.decisions} == {0, 1, 2, 3}
+        assert engine.record.bytes_now == 0 < engine.record.bytes_most and not engine._tracks
+        generation = handle.clock.state.generation
+        wan.run()
+        assert handle.clock.state.generation == generation + 1
+        assert len({each.step for each in engine.record.decisions}) == STEPS
+    assert "_reset_stateful_cache" not in vars(wan.root) and torch.equal(wan.run(), stock)
+
+
 def test_judges_do_not_outlive_their_generation(wan: Subject) -> None:
     judges: list[Any] = []
 

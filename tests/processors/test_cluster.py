@@ -408,9 +408,10 @@ def test_a_search_needs_no_value_from_the_device(density: float | None, boundari
 
 
 def test_autocast_changes_no_plan() -> None:
+    """It rounds queries and keys, and nothing of the search."""
     layout = layout_of(GRID, "after", 20)
     qkv = [x + 5 for x in tensors(layout, 2)]
-    plain = attend(ClusterAttnProcessor(block=16), layout, qkv)[1]
+    plain = attend(ClusterAttnProcessor(block=16), layout, [x.bfloat16() for x in qkv])[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = attend(ClusterAttnProcessor(block=16), layout, qkv)[1]
     assert torch.equal(cast.element_mask(), plain.element_mask())

@@ -223,3 +223,29 @@ def test_padding_tokens_are_refused(method):
             recipe.for_site(site).build_plan(layout, torch.device("cpu"))
         else:
             recipe.set_up(site, layout, torch.device("cpu"))
+
+
+def test_what_does_not_fit_the_layout_is_refused_before_the_dense_steps(t2v):
+    ran = []
+    hook = t2v.root.blocks[0].register_forward_hook(lambda *_: ran.append(1))
+    with (
+        dit_accel.accelerate(t2v.pipe, "neighborhood", dense_steps=3, window=(9, 9, 9)),
+        pytest.raises(ValueError, match="window"),
+    ):
+        t2v.run()
+    hook.remove()
+    assert ran == []
+
+
+def test_what_a_search_needs_is_made_before_the_dense_steps(t2v, monkeypatch):
+    def refuse(self, site, layout, device):
+        raise ValueError("this layout does not fit")
+
+    monkeypatch.setattr(ATTENTION["block_routing"], "set_up", refuse)
+    for dense, words in ((3, "does not fit"), (4, None)):  # of 4 steps
+        with dit_accel.accelerate(t2v.pipe, "block_routing", dense_steps=dense):
+            if words is None:
+                t2v.run()
+                continue
+            with pytest.raises(ValueError, match=words):
+                t2v.run()

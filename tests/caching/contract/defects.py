@@ -42,6 +42,7 @@ def one_state_for_all_branches(patch: pytest.MonkeyPatch) -> None:
 def nothing_is_reset(patch: pytest.MonkeyPatch) -> None:
     """What is kept outlives the generation (ProfilingDiT; cache-dit whose calls are half as many as it counts on)."""
     _trust(patch, every_generation=False)
+    patch.setattr(Acceleration, "_end", lambda self: None)
 
 
 def warmup_is_skipped(patch: pytest.MonkeyPatch) -> None:
