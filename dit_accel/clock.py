@@ -182,7 +182,8 @@ class StepClock:
         Its own has run to its end, or stands still while timesteps pass. Timesteps, which the device is waited for,
         are compared only where the step would have more calls than the one before.
         """
-        scheduler, before, found = self._scheduler(), self._mark, self._is_idle
+        scheduler: Any = self._scheduler()
+        before, found = self._mark, self._is_idle
         if self._schedule is None or timestep is None or said is not None or not hasattr(scheduler, "step_index"):
             return False
         self._mark = (scheduler.step_index, getattr(scheduler, "begin_index", None))

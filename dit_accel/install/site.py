@@ -175,8 +175,9 @@ class Site:
             return None
         if self.operator is not None:
             return self.operator.cost(self.setup)
-        followed = self.plan if self.search is None else kept
-        return None if followed is None else followed.density
+        if self.search is not None:
+            return None if kept is None else kept.density
+        return None if self.plan is None else self.plan.density
 
     def skip(self, state: StepState) -> None:
         """After a call of the root that skipped the module: a search that was due is due at the next call."""

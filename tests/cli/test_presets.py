@@ -63,11 +63,11 @@ def test_settings_that_come_with_a_model_win_over_its_preset(
 
 
 def test_auto_records_what_it_chose_and_why(render: Command, tmp_path: Path) -> None:
-    result = render("--attention", "auto", "--dense-steps", 1, "--dense-layers", "0,3", "--json")
+    result = render("--attention", "auto", "--dense-steps", 1, "--dense-layers", "0,1", "--json")
     assert result.code == 0, result.err
     record = json.loads(result.out)
     assert record == record_of(tmp_path)
-    wanted = {"method": "auto", "dense_steps": 1, "dense_layers": [0, 3], "presets": True}
+    wanted = {"method": "auto", "dense_steps": 1, "dense_layers": [0, 1], "presets": True}
     assert wanted.items() <= record["attention"].items()
     choice = record["acceleration"]["choices"]["transformer"]
     assert choice["method"] == "dense" and "2 steps are too few" in choice["reason"]

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dit_accel.acceleration import Acceleration
+from dit_accel.clock import StepClock
 from dit_accel.kernels import ops, support
 from dit_accel.kernels.attend import attend, choose_backend
 from dit_accel.kernels.search.inputs import search_backend
@@ -103,12 +104,13 @@ def test_the_report_of_an_accelerated_model_names_the_variant(machine: Machine) 
     weight = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
     module = SimpleNamespace(parameters=lambda: iter([weight]), inner_dim=256, heads=2)
     processor: Any = SimpleNamespace(block=128, backend="auto")
-    name, reason = Acceleration._choose_backend(module, processor)
+    handle: Any = SimpleNamespace(clock=StepClock())
+    name, reason = Acceleration._choose_backend(handle, module, processor)
     assert name == "triton" and "the tma variant" in reason and "pointer variant for plans with a pair test" in reason
     machine.answers["gluon", 0] = WRONG
     processor.backend = "triton:gluon"
     with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="triton:gluon backend cannot run here"):
-        Acceleration._choose_backend(module, processor)
+        Acceleration._choose_backend(handle, module, processor)
 
 
 FAILURES = [(WRONG, "wrong"), (RuntimeError("ptxas failed\nlong log"), "failed with RuntimeError: ptxas failed")]

@@ -80,7 +80,7 @@ def with_levels(levels: list[float | None], flow: bool) -> list[Trace]:
 def test_steps_by_noise_are_those_of_any_kind_of_noise() -> None:
     """Levels of diffusion with the same ratios of signal to noise have the same lists."""
     shares = [TRACES[0].at_step(step)[0].sigma for step in range(16)]
-    added = [1e6 if share is None or share == 1 else share / (1 - share) for share in shares]
+    added: list[float | None] = [1e6 if share is None or share == 1 else share / (1 - share) for share in shares]
     found, wanted = (Prospects(each).by_noise().rungs for each in (with_levels(added, flow=False), TRACES))
     assert [rung.spec.computed for rung in found] == [rung.spec.computed for rung in wanted] != []
 
