@@ -44,7 +44,7 @@ above_0 = real(0, above=True)
 COMMON = (
     option("block", "size of the blocks kept or skipped", type=whole(1), metavar="TOKENS"),
     option("dense_steps", "first steps (12, or 0.25 of all) dense", type=dense_steps, metavar="N"),
-    option("dense_layers", "first layers, or a list (0,3), dense", type=dense_layers, metavar="N"),
+    option("dense_layers", "first layers, or a list (0,3 or 3,), dense", type=dense_layers, metavar="N"),
     option("schedule", "both of these, and budgets by step, layer and head", type=schedule, metavar="JSON"),
     option("backend", "kernels to use (default: auto)", choices=["auto", "triton", "gather", "reference"]),
 )

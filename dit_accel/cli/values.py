@@ -84,9 +84,9 @@ def patch(text: str) -> tuple[int, int]:
 
 
 def dense_layers(text: str) -> int | set[int]:
-    """How many first layers (``1``), or which ones (``0,3,29``)."""
+    """How many first layers (``1``), or which ones (``0,3,29``; ``3,`` for one)."""
     try:
-        numbers = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
         numbers = [-1]
     if min(numbers) < 0:

@@ -71,10 +71,10 @@ def test_a_random_seed_is_reported_and_gives_the_same_video(render: Command, tmp
 
 
 def test_radial_options_reach_the_method(render: Command, tmp_path: Path) -> None:
-    words = "--block 64 --decay 0.5 --rule paper --mask element --dense-steps 1 --dense-layers 0,1"
+    words = "--block 64 --decay 0.5 --rule paper --mask element --dense-steps 1 --dense-layers 1,"
     assert render(*words.split(), "--frames", 17, "--height", 64, "--width", 64).code == 0
     record = record_of(tmp_path)
-    chosen = {"block": 64, "decay": 0.5, "rule": "paper", "mask": "element", "dense_steps": 1, "dense_layers": [0, 1]}
+    chosen = {"block": 64, "decay": 0.5, "rule": "paper", "mask": "element", "dense_steps": 1, "dense_layers": [1]}
     assert chosen.items() <= record["attention"].items()
     sites = {site["path"]: site for site in record["acceleration"]["sites"]}
     assert sites["transformer:blocks.0.attn1"]["sparse_calls"] == 2  # one sparse step, with and without the prompt
