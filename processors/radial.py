@@ -17,6 +17,7 @@ from .base import StaticAttnProcessor
 if TYPE_CHECKING:
     from ..clock import StepState
     from ..controls import SiteInfo
+    from ..families import Family
     from ..kernels.sparse_plan import SparsePlan
     from ..layout import TokenLayout
     from ..plan.schedule import Schedule
@@ -79,6 +80,15 @@ class RadialAttnProcessor(StaticAttnProcessor):
             own = self.settings() | {"decay": self.decay * factor, "schedule": {}}
             self._scaled[factor] = RadialAttnProcessor(**own)
         return self._scaled[factor]
+
+    def check_family(self, family: Family) -> None:
+        """As :meth:`SparseAttnProcessor.check_family`; families with the text in front are refused as well."""
+        super().check_family(family)
+        if family.text_first:
+            raise ValueError(
+                f"radial attention wants the video before the text, and {family.root_class} has the text first; "
+                'choose another method, such as "block_routing" or "compensated"'
+            )
 
     def build_plan(self, layout: TokenLayout, device: torch.device) -> SparsePlan:
         """The radial plan of a token grid; text rows and columns are always kept.

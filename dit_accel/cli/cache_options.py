@@ -53,14 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares them. The presets are named by the package, which is not loaded for this."""
     group = parser.add_argument_group("feature cache", "parts of the model are reused from step to step")
     group.add_argument(
-        "--cache", metavar="NAME", help="a preset, such as teacache or dbcache; an unknown name lists all"
+        "--cache", metavar="NAME", help="a preset, such as easycache or fbcache; an unknown name lists all"
     )
     group.add_argument(
         "--cache-option",
         action="append",
         type=key_and_value,
         metavar="KEY=VALUE",
-        help="a setting of the preset, such as threshold=0.1 or blocks=[0,1]; may be given several times",
+        help="a setting of the preset, such as threshold=0.1 or background=[0,1]; may be given several times",
     )
     group.add_argument("--profile", type=Path, metavar="FILE", help="a tuned cache, in place of --cache")
     group.add_argument(
@@ -110,6 +110,20 @@ def load(path: Path) -> Profile:
         return load_profile(path)
     except ValueError as error:
         raise UsageError(f"--profile: {one_line(error)}") from error
+
+
+def check_steps(path: Path, steps: int | None) -> None:
+    """Refuses a rendering of another number of steps than a profile was made for; one that is off fits any.
+
+    Raises:
+        UsageError: naming the number that fits.
+    """
+    profile = load(path)
+    if not profile.is_off and None not in (steps, profile.asked_steps) and steps != profile.asked_steps:
+        raise UsageError(
+            f"--profile '{path}' was made for {profile.asked_steps} steps and this run has {steps}; give --steps "
+            f"{profile.asked_steps}, or make another profile by dit-accel tune"
+        )
 
 
 def _check_together(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from .versions import installed, versions
 NAME = "doctor"
 SUMMARY = "show versions, devices, extras, attention backends and shipped models"
 NEEDED = ("torch", "diffusers", "transformers", "av")
-EXTRAS = {"triton": ("triton",), "ui": ("gradio",), "xformers": ("xformers",)}
+EXTRAS = {"triton": ("triton",), "ui": ("gradio",), "xformers": ("xformers",), "hub": ("sentencepiece", "protobuf")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

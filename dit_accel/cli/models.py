@@ -144,10 +144,20 @@ def _read_json(source: Path | str, file: str) -> dict[str, Any] | None:
 
 def _download(hub_id: str, file: str) -> Path | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(hub_id, file))
+    except GatedRepoError as error:
+        raise EnvironmentProblem(
+            f"'{hub_id}' is open to those alone who accepted its licence: do so on the model's page, then run "
+            "hf auth login"
+        ) from error
     except RepositoryNotFoundError as error:
         raise UsageError(f"no folder '{hub_id}' here and no such model on the hub; check the name") from error
     except LocalEntryNotFoundError as error:
@@ -172,10 +182,16 @@ def _pipeline_class(name: str, index: dict[str, Any], images: bool) -> type[Diff
         )
     parameters = inspect.signature(found.__call__).parameters
     if "num_frames" not in parameters and not images:
-        raise UsageError(f"'{name}' is a {class_name}, which makes no videos; choose a text-to-video model")
+        raise UsageError(
+            f"'{name}' is a {class_name}, which makes no videos; choose a text-to-video model, or call "
+            "dit_accel.accelerate(pipe, ...) in Python"
+        )
     if "prompt" not in parameters or {"image", "video"} & set(parameters):
         wanted = "text-to-video or text-to-image" if images else "text-to-video"
-        raise UsageError(f"'{name}' is a {class_name}, which needs more than a prompt; choose a {wanted} model")
+        raise UsageError(
+            f"'{name}' is a {class_name}, which needs more than a prompt; choose a {wanted} model, or call "
+            "dit_accel.accelerate(pipe, ...) in Python"
+        )
     return found
 
 

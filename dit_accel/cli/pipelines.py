@@ -48,8 +48,16 @@ def load(model: Model, settings: Settings, debug: bool = False) -> Loaded:
         except ImportError as error:
             raise EnvironmentProblem(f"'{model.name}' needs a package that is missing: {one_line(error)}") from error
         except (MemoryError, torch.OutOfMemoryError) as error:
-            raise EnvironmentProblem(f"'{model.name}' does not fit into memory: {one_line(error)}") from error
+            raise EnvironmentProblem(
+                f"'{model.name}' does not fit into memory: {one_line(error)}; try --dtype bfloat16, or offload in "
+                "Python (pipe.enable_model_cpu_offload(), then dit_accel.accelerate(pipe, ...))"
+            ) from error
         except Exception as error:
+            if "sentencepiece" in str(error):  # transformers says so by a ValueError
+                raise EnvironmentProblem(
+                    f"the tokenizer of '{model.name}' needs packages that are missing: "
+                    "pip install sentencepiece protobuf"
+                ) from error
             raise UsageError(f"cannot load '{model.name}': {one_line(error)}; {DAMAGED}") from error
     return Loaded(pipe, time.perf_counter() - start)
 

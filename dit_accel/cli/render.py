@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="shapes-wan", help="shapes-wan (default), a diffusers folder, or a hub id (owner/name)"
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")
-    parser.add_argument("--compare", action="store_true", help="render dense too, and measure the difference")
+    parser.add_argument("--compare", action="store_true", help="render dense too (twice), and measure the difference")
     parser.add_argument(
         "--timed", action="store_true", help="split the model's time into attention, cache and all other"
     )

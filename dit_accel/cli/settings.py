@@ -8,7 +8,7 @@ import secrets
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from .cache_options import CacheChoice, choice_of
+from .cache_options import CacheChoice, check_steps, choice_of
 from .errors import EnvironmentProblem, UsageError, one_line
 from .method_options import CHOICES, given_options, given_settings, options_of
 from .models import Model, check_multiple
@@ -107,6 +107,8 @@ def resolve(options: argparse.Namespace, model: Model) -> Settings:
     check_multiple("frames", sampling["frames"], model.frame_step, offset=1)
     check_multiple("height", sampling["height"], model.height_step)
     check_multiple("width", sampling["width"], model.width_step)
+    if cache.profile is not None:
+        check_steps(cache.profile, sampling["steps"])
     device = _device(options.device)
     method, preset = _method(attention, options, model, cache)
     return Settings(

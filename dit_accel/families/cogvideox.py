@@ -39,6 +39,7 @@ COGVIDEOX = register_family(
         site_kind=_site_kind,
         block_lists=("transformer_blocks",),
         pipeline_roots=("transformer",),
+        text_first=True,
         block_streams={"transformer_blocks": BlockStreams(("hidden_states", "encoder_hidden_states"))},
         modulated={"default": _time_embedding},
         mlp_names=("ff",),  # over text and video tokens together

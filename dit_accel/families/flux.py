@@ -79,6 +79,7 @@ FLUX = register_family(
         block_lists=("transformer_blocks", "single_transformer_blocks"),
         pipeline_roots=("transformer",),
         makes_video=False,
+        text_first=True,
         block_streams={"transformer_blocks": _STREAMS, "single_transformer_blocks": _STREAMS},
         modulated={"default": _modulated},
         mlp_names=("ff", "ff_context"),  # of double blocks; single ones project attention and MLP together

@@ -57,6 +57,7 @@ class Family:
             that is no list counts as one block.
         pipeline_roots: attribute names under which a pipeline holds roots of this class.
         makes_video: whether its grids may have several frames; methods that live on these refuse other families.
+        text_first: whether text tokens come before those of the video or image where both attend jointly.
         site_layout: tells where the query tokens of an attention module are, from the root, the module's path and the
             layout of the root's tokens; by default it is the root's.
         padding: how many tokens at the end of the sequence are hidden by the mask that all sites of a call are given,
@@ -78,6 +79,7 @@ class Family:
     block_lists: tuple[str, ...]
     pipeline_roots: tuple[str, ...] = ("transformer", "transformer_2")
     makes_video: bool = True
+    text_first: bool = False
     site_layout: Callable[[Any, str, TokenLayout], TokenLayout] = _same_layout
     padding: Callable[[Any, Mapping[str, Any]], int | None] = _no_padding
     token_stream: TokenStream | None = None

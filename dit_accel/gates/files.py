@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 FORMAT = "dit-accel block gates, version 1"
 CONDITIONING = "timestep"  # over its largest value, see `Gates.levels`
 SHIPPED = {"shapes-wan": Path(__file__).parent / "weights" / "shapes-wan.safetensors"}
-HOW_TO_TRAIN = "train gates for this model with dit-accel train-gate --model MODEL --out gates.safetensors"
+HOW_TO_TRAIN = (
+    "train gates for this model with dit-accel train-gate --model MODEL --prompt-file prompts.txt --out "
+    "gates.safetensors"
+)
 _PARTS = GateWeights._fields
 
 

@@ -107,7 +107,7 @@ TOLD_APART = [
 @pytest.mark.parametrize(("root", "name"), [(root, name) for root, name, _ in TOLD_APART])
 def test_teacache_finds_the_polynomial_of_a_model(root: nn.Module, name: str | None) -> None:
     if name is None:
-        with pytest.raises(ValueError, match=r"no TeaCache coefficients .* model=, or give coefficients="):
+        with pytest.raises(ValueError, match=r"no TeaCache coefficients .* give coefficients=.*, or say by model="):
             preset_by_name("teacache", root)
         return
     (row,) = (row for row in TEACACHE if row.model == name and row.signal == "default")

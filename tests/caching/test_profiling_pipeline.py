@@ -340,7 +340,7 @@ def test_by_name_the_preset_knows_the_published_list_of_the_model():
     assert profiling(root=root) == profiling("wan2.1-14b")
     root.blocks = root.blocks[:30]
     for given in ({}, {"root": root}):
-        with pytest.raises(ValueError, match=r"needs background blocks.*wan2\.1-14b"):
+        with pytest.raises(ValueError, match=r"needs background=.*wan2\.1-14b"):
             profiling(**given)
 
 

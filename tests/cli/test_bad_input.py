@@ -333,3 +333,25 @@ def assert_refused_last_line(result: Result, *parts: str) -> None:
     assert result.code == 2 and result.out == "", result
     last = result.err.rstrip("\n").splitlines()[-1]
     assert last.startswith("dit-accel: error: ") and all(part in last for part in parts), result.err
+
+
+def test_a_gated_model_is_not_said_to_be_missing(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.errors import GatedRepoError
+
+    def refuse(*_: object, **__: object) -> None:
+        raise GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    result = command("render", "a cat", "-o", tmp_path / "a.mp4", "--model", "somebody/gated")
+    assert result.code == 3 and "licence" in result.err and "hf auth login" in result.err
+
+
+def test_a_missing_tokenizer_package_is_no_damaged_folder(render: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("cannot instantiate this tokenizer from a slow version: you need to have sentencepiece")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", refuse)
+    result = render()
+    assert result.code == 3 and "pip install sentencepiece protobuf" in result.err and "damaged" not in result.err

@@ -149,6 +149,7 @@ def test_bad_input_ends_in_one_line_and_code_2(render: Command, tmp_path: Path, 
 def test_a_preset_that_does_not_know_the_model_says_so(render: Command, tmp_path: Path) -> None:
     result = render("--cache", "magcache")
     assert result.code == 2 and "no MagCache ratios were published for this WanTransformer3DModel" in result.err
+    assert "give ratios=" in result.err and "model=" in result.err  # though the list of models is cut
     assert not list(tmp_path.iterdir())
 
 
@@ -174,9 +175,13 @@ def test_a_profile_is_used_and_what_it_was_not_made_for_is_said(render: Command,
     assert record["acceleration"]["caches"][0]["computed_steps"]["transformer"]["cond"] == [0, 2, 3]
 
 
-def test_a_profile_for_another_number_of_steps_is_refused(render: Command, tmp_path: Path) -> None:
+def test_a_profile_for_another_number_of_steps_is_refused(
+    render: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model is loaded."""
+    monkeypatch.delattr("diffusers.DiffusionPipeline.from_pretrained")
     result = render("--profile", save_profile(tmp_path, 5), "--steps", 4)
-    assert result.code == 2 and "5 steps" in result.err
+    assert result.code == 2 and "5 steps" in result.err and "give --steps 5" in result.err
     assert not (tmp_path / "out.mp4").exists()
 
 

@@ -24,7 +24,7 @@ def test_findings_as_json(command: Command) -> None:
     assert all(row["detail"] for row in findings["backends"])
     assert rows(findings)["gather"]["ok"]
     assert findings["versions"]["torch"] and findings["devices"][0].startswith("cpu")
-    assert set(findings["extras"]) >= {"triton", "ui", "xformers"}
+    assert set(findings["extras"]) >= {"triton", "ui", "xformers", "hub"}
 
 
 @pytest.mark.usefixtures("shipped_model")

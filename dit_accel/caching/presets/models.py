@@ -72,7 +72,7 @@ def published_for(rows: Sequence[_Row], root: nn.Module | None, model: str | Non
     near = [row.model for row in rows if root is not None and row.root_class == type(root).__name__]
     likely = f" (of its class: {', '.join(near)})" if near else ""
     raise ValueError(
-        f"no {what} were published for {this}; there are those of {names}{likely}: say so by model=, or {instead}"
+        f"no {what} were published for {this}; {instead}, or say by model= which it is like: {names}{likely}"
     )
 
 

@@ -135,8 +135,8 @@ def _published_for(root: Any) -> Published:
         name = published_for(type(root).__name__, len(block_paths(root)))
     if name is None:
         raise ValueError(
-            "the preset profiling needs background blocks: a list, a profile made by dit-accel profile-blocks, or a "
-            f"published list ({', '.join(PUBLISHED)})"
+            "the preset profiling needs background=...: a list of blocks, a file of dit-accel profile-blocks, or the "
+            f"name of a published list ({', '.join(PUBLISHED)})"
         )
     return published(name)
 
