@@ -149,7 +149,7 @@ def test_bad_input_ends_in_one_line_and_code_2(render: Command, tmp_path: Path, 
 def test_a_preset_that_does_not_know_the_model_says_so(render: Command, tmp_path: Path) -> None:
     result = render("--cache", "magcache")
     assert result.code == 2 and "no MagCache ratios were published for this WanTransformer3DModel" in result.err
-    assert "give ratios=" in result.err and "model=" in result.err  # though the list of models is cut
+    assert "makes ratios=" in result.err and "model=" in result.err  # though the list of models is cut
     assert not list(tmp_path.iterdir())
 
 
