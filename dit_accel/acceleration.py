@@ -193,7 +193,15 @@ class Acceleration:
         if self.processor is not None:
             self.processor.check_family(family_of(root))
         installed = RootInstallation(
-            root, expert, self.clock, self.controls, self.block_hooks, self._before, self._after, self._end
+            root,
+            expert,
+            self.clock,
+            self.controls,
+            self.block_hooks,
+            self._check_idle,
+            self._before,
+            self._after,
+            self._end,
         )
         self._installed.append(installed)
         object.__setattr__(root, _HANDLE, self)
@@ -251,12 +259,16 @@ class Acceleration:
             return
         last = replace(state, step=state.steps - 1)
         for site in installed.sites.values():
-            if not self._is_sparse(processor, site, last):
+            if not processor.is_sparse(site.info, last):
                 continue
             if isinstance(processor, (DynamicAttnProcessor, OperatorAttnProcessor)):
                 site.set_up(processor, last, device)
             elif not processor.schedule.has_budgets:  # else plans differ from step to step
                 self._plan(processor, site, last, device)
+
+    def _check_idle(self) -> None:
+        for engine in self.caches.engines:
+            engine.check_idle()
 
     def _end(self) -> None:
         """A pipeline is done: what its next run makes is another generation, whatever it begins with."""
@@ -327,8 +339,9 @@ class Acceleration:
         """Name and reason of the backend a module will use; refuses one asked for by name that cannot run here."""
         weight = next(module.parameters())
         head_dim = module.inner_dim // module.heads
-        device = getattr(self.clock.pipeline, "_execution_device", weight.device)  # offloaded weights are elsewhere
-        block = processor.block
+        device, block = weight.device, processor.block
+        if device.type in ("cpu", "meta"):  # where offloaded weights wait
+            device = getattr(self.clock.pipeline, "_execution_device", device)
         call = Call(device.type, weight.dtype, head_dim, block, block, device_index=device.index)
         if processor.backend == "auto":
             chosen = choose(call)

@@ -7,6 +7,7 @@ the pipeline's scheduler, the ``timestep`` argument. It never counts calls to gu
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -89,6 +90,16 @@ class StepClock:
     def pipeline(self) -> Any | None:
         """The pipeline, while there is one."""
         return self._pipeline() if self._pipeline is not None else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepClock:
+        """Reads the scheduler of the copied pipeline, where it is a pipeline that is copied."""
+        memo[id(self)] = copied = type(self)()
+        fields = {name: value for name, value in vars(self).items() if name != "_pipeline"}
+        vars(copied).update(copy.deepcopy(fields, memo))
+        here = self.pipeline
+        there = memo.get(id(here), here)
+        copied._pipeline = None if there is None else weakref.ref(there)
+        return copied
 
     def set_step(self, step: int | None, steps: int | None = None, branch: str | None = None) -> None:
         """Says outright which step comes next, for sampling loops of one's own; ``set_step(None)`` takes it back."""
@@ -190,7 +201,7 @@ class StepClock:
         if has_new_schedule or self._mark != before:
             found = self._mark[0] is not None and int(self._mark[0]) >= len(self._schedule)
         elif not found and self._last_timestep is not None and len(self._seen) >= self._calls:
-            found = _value(timestep) != _value(self._last_timestep)
+            found = _value(timestep) != _value(self._last_timestep) and not self._is_listed(timestep)
         if found and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -227,6 +238,15 @@ class StepClock:
             return first
         # PNDM lists some timesteps twice in a row, and counts its steps.
         return min(self._last_step + (counter != before), len(schedule) - 1)
+
+    def _is_listed(self, timestep: torch.Tensor) -> bool:
+        """Whether a loop may go by the scheduler's own list without ever stepping it."""
+        scheduler: Any = self._scheduler()
+        if self._mark != (None, None) or getattr(scheduler, "num_inference_steps", None) is None:
+            return False
+        assert self._schedule is not None
+        listed = self._listed(self._schedule)
+        return float((listed - _value(timestep)).abs().min()) <= _CLOSE * float(listed.abs().max())
 
     def _first_index(self, schedule: torch.Tensor, timestep: torch.Tensor | None) -> int:
         """Where sampling begins if the scheduler was not told: loops over a part of its list begin further on.

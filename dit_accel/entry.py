@@ -117,7 +117,7 @@ def accelerate(
     found = profile_asked(target, targets, profile, prompts, held_out, beside, call)
     if found is not None:
         cache = found.cache()
-    if found is not None and found.is_off and attention is not None:
+    if found is not None and found.misses_target and attention is not None:
         _warn_of_dense(attention)
         attention, anchor, completed = None, None, None
     if token_order is not None:

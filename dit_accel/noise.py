@@ -33,15 +33,17 @@ def read_levels(scheduler: Any) -> list[Level]:
     """The steps that a scheduler is set to, and what it lists behind the last of them.
 
     Schedulers that list no ``sigmas`` but have ``alphas_cumprod`` (DDIM, PNDM, those of CogVideoX) are at ``sqrt((1 -
-    alpha) / alpha)``, as in the ``sigmas`` of those that list both. Tensors on a device are waited for.
+    alpha) / alpha)``, as in the ``sigmas`` of those that list both; likewise where one level is listed for two
+    timesteps that differ (KDPM2, whose second call of a step is at a level in between). Tensors on a device are waited
+    for.
 
     Args:
         scheduler: of a pipeline, or None.
     """
     timesteps, listed, alphas = (_numbers(scheduler, name) for name in ("timesteps", "sigmas", "alphas_cumprod"))
     flow, sigmas = _is_flow(scheduler, listed, alphas), list[float | None](listed)
-    if not listed and alphas:
-        sigmas = [_sigma(alphas[int(t)]) if 0 <= t < len(alphas) else None for t in timesteps]
+    if alphas and not flow and (not listed or _is_uneven(timesteps, listed)):
+        sigmas = [_sigma_at(alphas, timestep) for timestep in timesteps]
     return [Level(timestep, sigma, flow) for timestep, sigma in itertools.zip_longest(timesteps, sigmas)]
 
 
@@ -84,6 +86,20 @@ def _is_flow(scheduler: Any, sigmas: Sequence[float], alphas: Sequence[float]) -
     if config.get("use_flow_sigmas") or kind == "flow_prediction":
         return True
     return not alphas and kind not in _OF_DIFFUSION and max(sigmas, default=0.0) <= 1 + _ROUNDING
+
+
+def _is_uneven(timesteps: Sequence[float], sigmas: Sequence[float]) -> bool:
+    pairs = itertools.pairwise(zip(timesteps, sigmas, strict=False))
+    return any(here[1] == after[1] and here[0] != after[0] for here, after in pairs)
+
+
+def _sigma_at(alphas: Sequence[float], timestep: float) -> float | None:
+    """The level at a timestep, between two of training on a line in ``log(sigma)``; None outside of them."""
+    below, above = math.floor(timestep), math.ceil(timestep)
+    if not 0 <= below <= above < len(alphas):
+        return None
+    first, second = (math.log(_sigma(alphas[each])) for each in (below, above))
+    return math.exp(first + (timestep - below) * (second - first))
 
 
 def _sigma(alpha: float) -> float:

@@ -24,6 +24,8 @@ SCHEDULERS: list[tuple[str, dict[str, Any], bool]] = [  # class, settings, wheth
     ("LCMScheduler", {}, False),
     ("EulerDiscreteScheduler", {}, False),
     ("HeunDiscreteScheduler", {}, False),
+    ("KDPM2DiscreteScheduler", {}, False),
+    ("KDPM2AncestralDiscreteScheduler", {}, False),
     ("DPMSolverMultistepScheduler", {}, False),
     ("DPMSolverMultistepScheduler", FLOW, True),
     ("UniPCMultistepScheduler", {}, False),
@@ -42,6 +44,10 @@ def make(name: str, settings: dict[str, Any]) -> Any:
 def parts(scheduler: Any, step: int) -> tuple[float, float]:
     """What the scheduler multiplies signal and noise by when it adds noise for a step."""
     none, one, at = torch.zeros(1, 1), torch.ones(1, 1), scheduler.timesteps[step : step + 1]
+    if type(scheduler).__name__.startswith("KDPM2"):  # it looks up the second of two levels when it adds noise
+        scheduler._step_index, scheduler.sample = step, None if step % 2 == 0 else one
+        scale = float(scheduler.scale_model_input(one, at))
+        return scale, math.sqrt(max(1 - scale**2, 0.0))
     if hasattr(scheduler, "scale_noise"):
         return float(scheduler.scale_noise(one, at, none)), float(scheduler.scale_noise(none, at, one))
     return float(scheduler.add_noise(one, none, at)), float(scheduler.add_noise(none, one, at))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ class RootInstallation:
         clock: told of every call of the root.
         controls: attention controls.
         block_hooks: hooks around every block; a token permutation among them acts on all of them together.
+        check_idle: raises RuntimeError while a call is running that no other may come into.
         before_call: runs before each call of the root, outside compiled code; prepares the sites.
         after_call: runs after it, also if it fails.
         after_generation: runs when a pipeline says that it has ended, also if no step was the last one.
@@ -50,6 +52,7 @@ class RootInstallation:
         clock: StepClock,
         controls: tuple[AttentionControl, ...],
         block_hooks: tuple[BlockHook, ...],
+        check_idle: Callable[[], None],
         before_call: BeforeCall,
         after_call: AfterCall,
         after_generation: AfterGeneration,
@@ -58,14 +61,14 @@ class RootInstallation:
         self.expert, self.clock = expert, clock
         self.family: Family = family_of(root)
         self._before_call, self._after_call, self._after_generation = before_call, after_call, after_generation
+        self._check_idle = check_idle
         self._signature = inspect.signature(type(root).forward)
         self._outside = False  # whether the clock is kept by the wrapper of compiled code, not by the hooks inside it
         self._undo: list[Callable[[], None]] = []
         self._uncompilable: str | None = None
         self._stack: PermutedStack | None = None
-        self.device = torch.device(
-            "cpu"
-        )  # of the latest call's inputs; weights may be elsewhere until they are needed
+        self.device = torch.device("cpu")  # where the latest call runs
+        self._refused: set[int] = set()  # threads whose call was not let in
         self._seat = Seat()
         if getattr(root, "_compiled_call_impl", None) is not None:
             raise ValueError(
@@ -197,7 +200,8 @@ class RootInstallation:
     @torch.compiler.disable
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments: Mapping[str, Any] = self._signature.bind_partial(self.root, *args, **kwargs).arguments
-        self.device = next((a.device for a in arguments.values() if isinstance(a, torch.Tensor)), torch.device("cpu"))
+        self._refuse_second()
+        self.device = _device_of(self.root, arguments)
         layout = self.family.layout(self.root, arguments)
         if self._stack is not None:
             layout = self._stack.begin(layout, self.device)
@@ -206,7 +210,18 @@ class RootInstallation:
             site.set_tokens(self.family.site_layout(self.root, site.info.path, layout), padding)
         self._before_call(self, self.clock.tick(self.expert, layout, arguments))
 
+    def _refuse_second(self) -> None:
+        """A call of another thread must not touch what the running one is told."""
+        try:
+            self._check_idle()
+        except RuntimeError:
+            self._refused.add(threading.get_ident())
+            raise
+
     def _end(self) -> None:
+        if self._refused and threading.get_ident() in self._refused:
+            self._refused.discard(threading.get_ident())
+            return
         if self._stack is not None:
             self._stack.rest()
         self._after_call(self)
@@ -259,6 +274,17 @@ class RootInstallation:
 
     def _unshadow(self, name: str) -> None:
         vars(self.root).pop(name, None)
+
+
+def _device_of(root: nn.Module, arguments: Mapping[str, Any]) -> torch.device:
+    """Where a call will run: weights that are offloaded are on the CPU, or nowhere, until they are needed."""
+    weight = next(root.parameters()).device
+    if weight.type not in ("cpu", "meta"):
+        return weight
+    told = getattr(getattr(root, "_hf_hook", None), "execution_device", None)
+    if told is not None:
+        return torch.device(told)
+    return next((each.device for each in arguments.values() if isinstance(each, torch.Tensor)), weight)
 
 
 # What undoes something is no closure: a deep copy of a model is to have one that acts on the copy.

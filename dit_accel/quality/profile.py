@@ -62,6 +62,11 @@ class Profile:
         return self.spec is None
 
     @property
+    def misses_target(self) -> bool:
+        """Whether caches were run, and none kept the quality that was asked for."""
+        return self.is_off and not self.target.is_time and bool(self.candidates)
+
+    @property
     def asked_steps(self) -> int | None:
         """The ``num_inference_steps`` it was tuned with; some samplers (PNDM, Heun) make more steps of them."""
         asked: int | None = self.settings.get("asked_steps")

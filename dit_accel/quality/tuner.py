@@ -260,6 +260,8 @@ class Tuner:
                 self._verdicts[rung.spec] = _FAILED
                 last = f"what is fast enough on the prompts tuned on takes {seconds:.3g} s on those held out"
         measured = self.bench.measured().values()
+        if not measured:
+            return self.off("every cache fails")
         quickest = min(statistics.median(pair.seconds for pair in pairs) for pairs in measured)
         return self.off(f"{last}; the fastest cache takes {quickest:.3g} s")
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..acceleration import acceleration_of
+from ..acceleration import acceleration_of, check_anchor
 from ..entry import accelerate
 from .automatic import reason_to_stay_off
 from .candidates import KINDS
@@ -137,8 +137,8 @@ def tune_all(
     if acceleration_of(pipe) is not None:
         raise ValueError("the pipeline is accelerated already; call dit_accel.acceleration_of(pipe).remove() first")
     beside = settled(pipe, beside)
-    if beside:  # what cannot be put on is better known before hours of dense runs
-        accelerate(pipe, **beside).remove()
+    if beside:
+        _try_on(pipe, beside)
     bench = Bench(Sampler(pipe, call, seed), (*prompts, *held_out), beside)
     key, reason = key_of(pipe, attention_of(beside)), None if force else reason_to_stay_off(pipe, steps_of(pipe, call))
     profiles: dict[int, Profile] = {}
@@ -153,6 +153,14 @@ def tune_all(
             text = f"dit_accel: no cache keeps {target.describe()}: {profile.reason}"
             warnings.warn(text, ProfileWarning, stacklevel=3)
     return [profiles[number] for number in range(len(targets))]
+
+
+def _try_on(pipe: Any, beside: Mapping[str, Any]) -> None:
+    """What cannot be put on is better known before hours of dense runs. An anchor wants a cache, which comes later."""
+    anchor = beside.get("anchor")
+    if anchor is not None:
+        check_anchor(anchor, beside.get("attention"))
+    accelerate(pipe, **{name: value for name, value in beside.items() if name != "anchor"}).remove()
 
 
 def _tuned(tuner: Tuner, targets: int) -> Profile:

@@ -23,6 +23,7 @@ from dit_accel.caching.scopes.guidance import Guidance
 from dit_accel.caching.scopes.modules import Attention, FeedForward
 from dit_accel.caching.scopes.output import Output
 from dit_accel.controls import AttentionMassRecorder
+from dit_accel.processors import RadialAttnProcessor
 
 from ..seams.conftest import Subject, build_subject
 from .test_engine import Scripted, ScriptedJudge, decisions
@@ -252,7 +253,8 @@ def test_a_second_thread_is_refused_and_the_first_one_goes_on(bare: Any) -> None
         with dit_accel.accelerate(bare.root) as handle:
             stock = bare(handle, 0, latents)
         caches = [Cache(Attention(("self",)), Static(compute_steps=(0,))), Cache(Whole(), Static(compute_steps=(0,)))]
-        with dit_accel.accelerate(bare.root, cache=caches) as handle:
+        radial = RadialAttnProcessor(block=64, dense_steps=0, dense_layers=0)
+        with dit_accel.accelerate(bare.root, radial, cache=caches) as handle:
             hook = bare.root.blocks[0].register_forward_pre_hook(wait)
             running = pool.submit(first_call, handle)
             assert entered.wait(60)
@@ -260,9 +262,13 @@ def test_a_second_thread_is_refused_and_the_first_one_goes_on(bare: Any) -> None
                 bare(handle, 0, others)
             hook.remove()
             go.set()
-            assert torch.equal(running.result(), stock)
+            torch.testing.assert_close(running.result(), stock)
+            assert {(site.sparse_calls, site.dense_calls) for site in handle.report().sites} == {(1, 0)}
+            before = handle.clock.state
             bare(handle, 1, latents)
-            assert decisions(handle)[0][3] == "first"  # what the refused call told the clock counts for nothing
+            after = handle.clock.state
+            assert before is not None and after is not None and after.generation == before.generation
+            assert not handle.caches.engines[-1].record.decisions[-1].computed
 
 
 def test_a_call_that_fails_lets_the_next_one_in(bare: Any) -> None:

@@ -122,7 +122,7 @@ def test_teacache_finds_the_polynomial_of_a_model(root: nn.Module, name: str | N
 @pytest.mark.parametrize(("root", "name"), [(root, name) for root, _, name in TOLD_APART])
 def test_magcache_finds_the_ratios_of_a_model(root: nn.Module, name: str | None) -> None:
     if name is None:
-        with pytest.raises(ValueError, match=r"no MagCache ratios .* model=, or calibrate"):
+        with pytest.raises(ValueError, match=r"no MagCache ratios .*; calibrate: .*, or say by model="):
             preset_by_name("magcache", root)
         return
     (row,) = (row for row in MAGCACHE if row.model == name)

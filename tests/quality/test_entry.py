@@ -105,8 +105,12 @@ def test_a_profile_that_is_off_is_dense_at_any_number_of_steps(pipe: TinyPipelin
 
 def test_sparse_attention_that_kept_no_target_is_left_out(pipe: TinyPipeline) -> None:
     stock = run(pipe)
+    few = profile_of(pipe, spec=None, reason="8 steps are too few")  # nothing was run beside the method
+    with pytest.warns(ProfileWarning, match="too few"), dit_accel.accelerate(pipe, "compensated", profile=few) as kept:
+        assert kept.processor is not None
+    missed = profile_of(pipe, spec=None, reason="too far off", candidates=({"cache": "x", "verdict": "below target"},))
     with pytest.warns(ProfileWarning) as told:
-        handle = dit_accel.accelerate(pipe, "compensated", profile=profile_of(pipe, spec=None, reason="too far off"))
+        handle = dit_accel.accelerate(pipe, "compensated", profile=missed)
     assert any("attention stays dense as well" in str(each.message) for each in told)
     with handle:
         assert handle.processor is None and torch.equal(run(pipe), stock)

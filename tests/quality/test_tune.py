@@ -12,6 +12,7 @@ import torch
 from diffusers import LCMScheduler
 
 import dit_accel
+from dit_accel.caching import Anchor
 from dit_accel.metrics import psnr
 from dit_accel.quality.climb import last_good
 from dit_accel.quality.pairs import Bench, NoiseFloor, Pair, alarms, compare, relative_error, speed_up, summary
@@ -174,6 +175,24 @@ def test_of_several_targets_one_beyond_the_floor_is_off() -> None:
     pipe = TinyPipeline(drift=1e-3)
     profiles = tune_all(pipe, [Target("psnr", 25.0), Target("psnr", 95.0)], **FREE, **LISTED)
     assert not profiles[0].is_off and profiles[1].is_off and "noise floor" in profiles[1].reason
+
+
+def test_an_anchor_is_tuned_beside(pipe: TinyPipeline) -> None:
+    beside = {"attention": "compensated", "density": 0.5, "anchor": Anchor(), "dense_steps": 2}
+    profile = tune(pipe, target_psnr=5, beside=beside, **FREE, **LISTED)
+    assert not profile.is_off and "anchor" in profile.key.attention
+    with pytest.raises(ValueError, match="an anchor wants"):
+        tune(pipe, target_psnr=5, beside={"anchor": Anchor()}, **FREE, **LISTED)
+
+
+def test_where_every_cache_fails_a_time_is_not_met(pipe: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pair(*_: object, **__: object) -> Pair:
+        raise NotFinite("the pipeline gave NaN")
+
+    count_calls(pipe, monkeypatch)
+    monkeypatch.setattr(Bench, "pair", pair)
+    with pytest.warns(ProfileWarning, match="every cache fails"):
+        assert tune(pipe, max_time=3.0, **FREE, **LISTED).is_off
 
 
 def test_what_cannot_be_put_on_is_refused_before_anything_runs(pipe: TinyPipeline) -> None:

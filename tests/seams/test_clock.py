@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from types import SimpleNamespace
 
@@ -221,6 +222,27 @@ def test_a_scheduler_that_stopped_halfway_says_nothing_of_other_runs():
     other.set_timesteps(5)
     with pytest.warns(UserWarning, match="accelerate the pipeline that runs"):
         assert places(sample(other, other.timesteps, clock)) == numbered(1, range(5), None)
+
+
+def test_a_loop_that_steps_by_itself_along_the_schedulers_list():
+    """It asks the scheduler for timesteps and sigmas, and never calls its step."""
+    pipe = Pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    clock = StepClock(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for generation in range(2):
+            pipe.scheduler.set_timesteps(6)
+            for step, timestep in enumerate(pipe.scheduler.timesteps):
+                for _ in range(2):
+                    state = tick(clock, timestep)
+                    assert (state.generation, state.step, state.steps) == (generation, step, 6)
+
+
+def test_a_copied_pipeline_has_its_own_clock(t2v):
+    with dit_accel.accelerate(t2v.pipe):
+        twin = copy.deepcopy(t2v.pipe)
+    clock = dit_accel.acceleration_of(twin).clock
+    assert clock.pipeline is twin and dit_accel.acceleration_of(twin) is not dit_accel.acceleration_of(t2v.pipe)
 
 
 def test_a_schedule_that_is_gone_is_forgotten():

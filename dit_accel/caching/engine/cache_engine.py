@@ -60,7 +60,19 @@ class CacheEngine(UnitSeams):
         self._first_step = 0
         self._reused: Counter[str] = Counter()  # steps by branch
         self._ended: OpenCall | None = None  # that ran last
-        self._is_busy = False
+        self._is_busy = False  # whether a call is running
+
+    def check_idle(self) -> None:
+        """Refuses a second call while one is running, whose blocks could not be told from those of the first.
+
+        Raises:
+            RuntimeError: saying what to do.
+        """
+        if self._is_busy:
+            raise RuntimeError(
+                "a model with a cache runs one call at a time, and another thread is calling it; give each thread a "
+                "model of its own (pipelines made by from_pipe share one), or let them take turns by generations"
+            )
 
     def around_root(self, run: Run, arguments: dict[str, Any], latents: Tensor) -> Any:
         """One call of the root, from opening to closing.
@@ -71,15 +83,10 @@ class CacheEngine(UnitSeams):
             latents: the main input among them.
 
         Raises:
-            RuntimeError: if another one is running, in another thread: their blocks could not be told apart.
+            RuntimeError: as :meth:`check_idle`.
         """
-        if self._is_busy:
-            self.clock.reset()  # it was told of a call that does not belong to the generation that runs
-            raise RuntimeError(
-                "a model with a cache runs one call at a time, and another thread is calling it; give each thread a "
-                "model of its own (pipelines made by from_pipe share one), or let them take turns by generations"
-            )
-        self._is_busy = True  # nothing is called since it was looked at, so no other thread could run in between
+        self.check_idle()
+        self._is_busy = True
         try:
             return self._around_root(run, arguments, latents)
         finally:
