@@ -61,7 +61,8 @@ def accelerate(
             (:class:`dit_accel.caching.Anchor`); None: it keeps what it always does.
         timed: whether the report splits wall time into attention, work of the cache and all other.
         target_psnr: instead of a cache, what it has to keep on every prompt: least PSNR in dB against dense. The cache
-            comes from a profile that was tuned for this target (:mod:`dit_accel.quality`).
+            comes from a profile that was tuned for this target (:mod:`dit_accel.quality`). If none kept it beside
+            ``attention``, all is dense, with a warning.
         target_ssim: likewise, least SSIM.
         max_rel_error: likewise, largest relative error of the final latents.
         max_time: likewise, most seconds for one generation, as well as can be in them.
