@@ -8,7 +8,8 @@ that are there:
 
 Options besides `--packages` are those of `python -m dit_accel.shapes.caches`.  Without cache-dit that command has the
 caches of diffusers alone; `--only "cache-dit DBCache"` picks a curve.  cache-dit measures PSNR modulo 256 unless told
-otherwise; here all PSNR are those of `dit_accel.metrics`.
+otherwise; here all PSNR are those of `dit_accel.metrics`.  The version of cache-dit is part of what results depend on:
+those of another one are never mixed in.
 """
 
 from __future__ import annotations

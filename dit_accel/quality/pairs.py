@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from ..metrics.perceptual import LEAST_SIDE
 from .sampling import Generation, Sampler
 from .spec import CacheSpec
 from .target import Target
+
+if TYPE_CHECKING:
+    from .progress import Progress
 
 LOST_MOTION = 0.9  # a motion ratio below this is an alarm
 
@@ -154,6 +157,7 @@ class Bench:
         prompts: all of them; their place is their noise.
         beside: other arguments of ``accelerate()`` for cached runs, such as ``{"attention": "radial"}``.
         perceptual: whether to compute LPIPS, where it can be.
+        progress: keeps every pair on disk; those it has are not run again.
 
     Attributes:
         sampler: as given.
@@ -168,11 +172,13 @@ class Bench:
         prompts: Sequence[str],
         beside: Mapping[str, Any] | None = None,
         perceptual: bool = True,
+        progress: Progress | None = None,
     ) -> None:
         self.sampler, self.prompts, self._beside = sampler, tuple(prompts), dict(beside or {})
         self._perceptual = perceptual
         self._dense: dict[int, Generation] = {}
-        self._pairs: dict[tuple[CacheSpec, int], Pair] = {}
+        self._progress = progress
+        self._pairs: dict[tuple[CacheSpec, int], Pair] = {} if progress is None else dict(progress.pairs)
         self.floor = NoiseFloor()
         self.runs = {"dense": 0, "cached": 0}
 
@@ -204,6 +210,8 @@ class Bench:
         self.runs["cached"] += 1
         pair = compare(self.prompts[number], reference, cached, self._perceptual)
         found = self._pairs[spec, number] = replace(pair, dense_seconds=dense_seconds)
+        if self._progress is not None:
+            self._progress.add(spec, number, found)
         return found
 
     def dense_steps(self, steps: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..acceleration import acceleration_of, check_anchor
@@ -13,6 +14,7 @@ from .candidates import KINDS
 from .key import key_of
 from .pairs import Bench, BeyondFloor
 from .profile import Profile, ProfileWarning
+from .progress import Progress, context_of
 from .request import Margins, attention_of, check_prompts, settled, steps_of
 from .sampling import Sampler
 from .spec import CacheSpec
@@ -37,6 +39,7 @@ def tune(
     beside: Mapping[str, Any] | None = None,
     force: bool = False,
     tell: Tell | None = None,
+    progress: str | Path | None = None,
     **call: Any,
 ) -> Profile:
     """Finds the fastest feature cache with which a pipeline keeps a quality, or the most exact one within a time.
@@ -62,6 +65,8 @@ def tune(
             stay stock.
         force: tunes few-step models too, where caching is off by itself.
         tell: is given one line about everything that happens.
+        progress: a file in which every pair is kept as it is measured, so that the same call, after it was cut off,
+            goes on from there; dense runs that are recorded are made again.
         **call: arguments of the pipeline's call, such as ``num_inference_steps=50, height=480``.
 
     Returns:
@@ -69,7 +74,9 @@ def tune(
 
     Raises:
         ValueError: for none or several targets, prompts that are too few or held out and tuned on at once, settings
-            the pipeline does not take, a target above the noise floor, an accelerated pipeline.
+            the pipeline does not take, a target above the noise floor, an accelerated pipeline, progress of other
+            settings.
+        OSError: if the file of progress cannot be written.
     """
     target = target_from(target_psnr, target_ssim, max_rel_error, max_time)
     return tune_all(
@@ -84,6 +91,7 @@ def tune(
         beside=beside,
         force=force,
         tell=tell,
+        progress=progress,
         **call,
     )[0]
 
@@ -101,6 +109,7 @@ def tune_all(
     beside: Mapping[str, Any] | None = None,
     force: bool = False,
     tell: Tell | None = None,
+    progress: str | Path | None = None,
     **call: Any,
 ) -> list[Profile]:
     """As :func:`tune`, for several targets at once: dense runs and pairs are made once for all of them.
@@ -120,6 +129,7 @@ def tune_all(
         beside: other arguments of ``accelerate()``.
         force: tunes few-step models too.
         tell: is given one line about everything that happens.
+        progress: file in which pairs are kept; targets may be other ones than before.
         **call: arguments of the pipeline's call.
 
     Returns:
@@ -127,6 +137,7 @@ def tune_all(
 
     Raises:
         ValueError: as :func:`tune`.
+        OSError: likewise.
     """
     margins = Margins(coverage, min_speed_up)
     check_prompts(prompts, held_out, margins)
@@ -139,13 +150,17 @@ def tune_all(
     beside = settled(pipe, beside)
     if beside:
         _try_on(pipe, beside)
-    bench = Bench(Sampler(pipe, call, seed), (*prompts, *held_out), beside)
-    key, reason = key_of(pipe, attention_of(beside)), None if force else reason_to_stay_off(pipe, steps_of(pipe, call))
+    sampler, key, everyone = Sampler(pipe, call, seed), key_of(pipe, attention_of(beside)), (*prompts, *held_out)
+    reason, tell = None if force else reason_to_stay_off(pipe, steps_of(pipe, call)), tell or _silent
+    kept = None if progress is None else Progress(Path(progress).expanduser(), everyone, context_of(sampler, key))
+    if kept is not None:
+        tell(f"pairs are kept in '{kept.file}', which has {len(kept.pairs)}; the same call goes on from there")
+    bench = Bench(sampler, everyone, beside, progress=kept)
     profiles: dict[int, Profile] = {}
     traces: list[Trace] = []
     for number in sorted(range(len(targets)), key=lambda each: (targets[each].kind, -targets[each].wanted)):
         target = targets[number]
-        tuner = Tuner(target, margins, bench, len(prompts), key, tell or _silent, tuple(kinds), traces)
+        tuner = Tuner(target, margins, bench, len(prompts), key, tell, tuple(kinds), traces)
         profile = tuner.off(f"{reason}; force=True tunes all the same") if reason else _tuned(tuner, len(targets))
         faster = _faster(profile, profiles.values())
         profiles[number] = profile = profile if faster is None else tuner.adopt(faster)

@@ -8,9 +8,10 @@ import statistics
 import sys
 from pathlib import Path
 
+from ..journal import Journal
 from ..metrics import noise_floor, psnr
-from .report.journal import Journal, Record, write_json
 from .report.judging import accuracy, decibels, judged, median_seconds, temporal
+from .report.records import Record, write_json
 from .report.sampling import Sample, Sampler, tell
 from .report.settings import Settings, add_arguments, model_info, settings_from
 from .report.subsets import Subset, chosen_subsets
@@ -37,6 +38,9 @@ def compare(settings: Settings, subset: Subset, out: Path) -> Record:
     sampler, count = Sampler(settings), len(subset.prompts)
     context = {**sampler.context(), "subset": subset.name, "slots": list(subset.slots)}
     journal = Journal(out.with_suffix(".progress.jsonl"), context)
+    missing = [index for index in range(count) if index not in journal.records]
+    if missing and missing[0] > 0:
+        sampler.sample(subset.prompts[0].prompt, 0, "dense")  # the slow first call; prompt 0 has one of its own
     for index, words in enumerate(subset.prompts):
         if index not in journal.records:
             journal.add(index, _pair(sampler, subset, index))

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
+from diffusers import WanPipeline
 
 from dit_accel import quality
-from dit_accel.caching.presets import PRESETS as NAMES
-from dit_accel.caching.presets import settings_of
-from dit_accel.caching.presets.profiling import profiling
 from dit_accel.quality.key import key_of
 from dit_accel.quality.spec import CacheSpec
 from dit_accel.shapes.caches.__main__ import main
 from dit_accel.shapes.caches.contender import PEERS, PRESETS, TOGETHER, Contender, Options
-from dit_accel.shapes.caches.contenders import PresetContender, contenders
-from dit_accel.shapes.caches.figure import Plane, caches_figure, front
+from dit_accel.shapes.caches.contenders import contenders
 from dit_accel.shapes.caches.peers import Peer
 from dit_accel.shapes.caches.runs import CacheSampler
-from dit_accel.shapes.caches.table import best
-from dit_accel.shapes.caches.targets import TARGETS, verdicts
-from dit_accel.shapes.caches.work import Work, held_bytes
+from dit_accel.shapes.caches.targets import TARGETS
+from dit_accel.shapes.caches.work import Work
 from dit_accel.shapes.report.sampling import Sample
-from dit_accel.shapes.world import parse_prompt
+from dit_accel.shapes.world import is_held_out, parse_prompt
 
 from .conftest import Calls, Stop, only
 from .test_report import rendered
@@ -111,13 +108,83 @@ def test_a_cut_run_goes_on_where_it_stopped_and_one_can_be_measured_anew(
     truthful.last = None
     truthful.clear()
     table = run(basic_wan, tmp_path / "c.json", *options)
-    assert truthful[:3] == [(0, "dense"), (0, third), (0, "dense")]
+    assert truthful[:4] == [(0, "dense"), (0, "dense"), (0, third), (0, "dense")]  # warm-up again, dense, and so on
     assert [row["runs"] for row in table["contenders"]] == [2, 2, 2]
     truthful.clear()
     assert run(basic_wan, tmp_path / "c.json", *options) == table
     assert truthful == []
     run(basic_wan, tmp_path / "c.json", *options[:4], *only(second), "--forget", second)
     assert {way for _, way in truthful} == {"dense", second}
+
+
+def test_with_a_sparse_method_its_settings_count_too(
+    basic_wan: Path, tmp_path: Path, truthful: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--prompts", "1", *only(SOME[0], SOME[2])]
+    run(basic_wan, tmp_path / "c.json", *options)
+    truthful.clear()
+    changed = {"block": 64, "dense_steps": 0.24, "dense_layers": 1}
+    monkeypatch.setattr("dit_accel.shapes.caches.contenders.SPARSE", {"radial": changed})
+    table = run(basic_wan, tmp_path / "c.json", *options)
+    assert {way for _, way in truthful} == {"dense", SOME[2]}  # the other one is what it was
+    rows = {row["name"]: row for row in table["contenders"]}
+    assert rows[SOME[0]]["settings"] == {"threshold": 0.05}
+    assert rows[SOME[2]]["settings"] == {"threshold": 0.08, "attention": "radial", "options": changed}
+
+
+@dataclass(frozen=True)
+class Calibrated(Contender):
+    """Looks at one generation."""
+
+    def calibrate(self, pipe: Any, generate: Callable[[], object], steps: int) -> Options:
+        generate()
+        return {"looked": True}
+
+    def install(self, pipe: Any, steps: int, found: Options) -> None:
+        return None
+
+    def remove(self, pipe: Any) -> None:
+        return None
+
+
+def test_nobody_is_judged_on_what_calibration_saw(
+    basic_wan: Path, tmp_path: Path, truthful: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def call(self: Any, prompt: str, num_frames: int, generator: torch.Generator, **_: Any) -> None:
+        assert truthful == [(0, "dense")]  # the warm-up comes before
+        asked.append((prompt, generator.initial_seed()))
+
+    monkeypatch.setattr(WanPipeline, "__call__", call)
+    it = Calibrated("it", PRESETS, "it")
+    monkeypatch.setattr("dit_accel.shapes.caches.__main__.contenders", lambda only=(): [it])
+    table = run(basic_wan, tmp_path / "c.json", "--prompts", "2", "--seed", "5")
+    ((prompt, seed),) = asked
+    assert not is_held_out(parse_prompt(prompt)) and seed == 4
+    assert prompt not in {each["prompt"] for each in table["prompts"]}
+    assert (table["contenders"][0]["runs"], table["contenders"][0]["settings"]) == (2, {"looked": True})
+
+
+def test_results_beside_another_version_of_cache_dit_are_never_mixed_in(
+    basic_wan: Path,
+    tmp_path: Path,
+    truthful: Calls,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    package, has = ModuleType("cache_dit"), "dit_accel.shapes.caches.peers.has_cache_dit"
+    monkeypatch.setitem(sys.modules, "cache_dit", package)
+    monkeypatch.setattr(has, lambda: True)
+    options = ["--prompts", "1", *only(SOME[0])]
+    vars(package)["__version__"] = "1.0"
+    assert run(basic_wan, tmp_path / "c.json", *options)["settings"]["peers"] == {"cache-dit": "1.0"}
+    vars(package)["__version__"] = "1.1"
+    given = ["--model", str(basic_wan), *DEVICE, "--steps", "20", "--out", str(tmp_path / "c.json")]
+    assert main([*given, *options]) == 2
+    assert "peers was {'cache-dit': '1.0'}, is {'cache-dit': '1.1'}" in capsys.readouterr().err
+    monkeypatch.setattr(has, lambda: False)
+    assert "peers" not in run(basic_wan, tmp_path / "without.json", *options)["settings"]
 
 
 def test_caches_are_calibrated_measured_and_judged_for_real(shapes_wan: Path, tmp_path: Path) -> None:
@@ -154,103 +221,6 @@ def test_caches_are_calibrated_measured_and_judged_for_real(shapes_wan: Path, tm
             assert row["psnr_db"]["mean"] != "bit-equal", name
             assert {run["dense_again_db"] for run in row["prompts"]} == {"bit-equal"}, name
     assert 0 < rows["radial+taylorseer_lite, keep output, interval 3"]["sparse_density"] <= 1
-
-
-def test_work_is_counted_and_memory_is_looked_at_once() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Conv2d(2, 4, 3, padding=1))
-    kept: list[torch.Tensor] = []
-
-    class Root(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            kept.append(torch.zeros(1000))
-            return self.inner[1](self.inner[0](x))
-
-    root = Root()
-    work = Work([root], looks_at=1)
-    with work.watched():
-        for _ in range(2):
-            root(torch.zeros(1, 2, 4, 3))
-    assert work.calls == 2
-    assert work.products == 2 * (2 * 4 * 5 * 3 + 4 * 4 * 5 * 2 * 9)
-    assert work.grown is not None
-    assert 4000 <= work.grown < 5000  # what the first call kept, and nothing of the second
-    assert work.paused > 0
-    root(torch.zeros(1, 2, 4, 3))
-    assert work.calls == 2
-
-
-def test_tensors_of_a_compiler_have_no_memory() -> None:
-    before = held_bytes()
-    with FakeTensorMode():
-        kept = [torch.zeros(10_000), torch.nn.Parameter(torch.zeros(10_000))]
-    assert held_bytes() - before < 40_000 and len(kept) == 2
-
-
-def test_shared_memory_counts_once() -> None:
-    before = held_bytes()
-    base = torch.zeros(5000)
-    views = [base[:100], base.view(50, 100)]
-    assert held_bytes() - before == 20000
-    del base, views
-    assert held_bytes() == before
-
-
-def rows_of(*rows: tuple[str, str, float | str, float, int]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name,
-            "group": group,
-            "psnr_db": {"mean": db},
-            "speedup": {"median": speed},
-            "runs": runs,
-            "computed_share": 1.0 if db == "bit-equal" else 0.5,
-        }
-        for name, group, db, speed, runs in rows
-    ]
-
-
-def test_the_best_is_the_fastest_that_is_good_enough() -> None:
-    rows = rows_of(
-        ("a", PRESETS, 28.5, 2.4, 4),
-        ("b", PRESETS, 27.9, 3.0, 4),
-        ("c", PRESETS, 31.0, 2.1, 4),
-        ("d", PRESETS, 40.0, 9.0, 1),  # of one prompt only
-        ("e", TOGETHER, 40.0, 9.0, 4),
-        ("f", PEERS, 28.0, 2.0, 4),
-        ("g", PEERS, 35.0, 1.5, 4),
-        ("h", PEERS, "bit-equal", 9.0, 4),  # reused nothing
-    )
-    found = best(rows, 28.0)
-    assert (found["ours"]["name"], found["others"]["name"], found["faster"]) == ("a", "f", 1.2)
-    assert (found["ours_at_their_speed"]["name"], found["better_db"]) == ("c", 3.0)
-    assert best(rows_of(("a", PRESETS, 30.0, 1.0, 1)), 28.0)["others"] is None
-    assert best([], 28.0)["prompts"] == 0
-
-
-def test_the_picture_shows_who_is_not_beaten() -> None:
-    rows = rows_of(
-        ("slow", PRESETS, 40.0, 1.2, 4),
-        ("beaten", PRESETS, 30.0, 1.5, 4),
-        ("equal", PRESETS, 35.0, 1.6, 4),
-        ("good & fast", PRESETS, 35.0, 2.0, 4),
-        ("of one prompt", PRESETS, 60.0, 9.0, 1),
-        ("same", PRESETS, "bit-equal", 1.0, 4),
-        ("other", PEERS, 28.0, 1.4, 4),
-    )
-    assert [row["name"] for row in front(rows[:6])] == ["slow", "good & fast"]
-    picture = caches_figure(rows)
-    assert picture is not None
-    texts = [each.text for each in ElementTree.fromstring(picture).iter() if each.tag.endswith("text")]
-    assert {"slow", "good & fast", "other"} <= {*texts}
-    assert not {"beaten", "equal", "of one prompt", "same"} & {*texts}
-    assert caches_figure(rows[:1]) is None
-    plane = Plane.around([(1.0, 20.0), (2.0, 40.0)])
-    (left, low), (right, high) = plane.at((1.0, 20.0)), plane.at((2.0, 40.0))
-    assert left < right and high < low  # upward is less from the top
 
 
 @dataclass(frozen=True)
@@ -321,20 +291,6 @@ def test_a_peer_that_breaks_is_a_row_that_says_so_and_the_rest_goes_on(
     assert not any(left)
 
 
-def test_every_preset_takes_part_with_settings_it_has() -> None:
-    everyone = contenders()
-    assert len({each.name for each in everyone}) == len(everyone)
-    ours = [each for each in everyone if isinstance(each, PresetContender)]
-    presets = NAMES | {"profiling": profiling}
-    assert {each.preset for each in ours} == {*presets, ""}
-    for each in ours:
-        assert set(each.settings) <= {*(settings_of(presets[each.preset]) if each.preset else ())}, each.name
-    with pytest.raises(ValueError, match=r"nobody is called 'easycash'; choose among static"):
-        contenders(["easycash"])
-    curve: Callable[[str], int] = lambda name: len(contenders([name]))  # noqa: E731
-    assert curve("diffusers FirstBlockCache") == 6
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -388,30 +344,6 @@ def test_targets_are_tuned_on_other_prompts_and_judged_on_those_held_out(
     asked.clear()
     assert run(basic_wan, tmp_path / "t.json", "--targets", "--prompts", "3", "--tune-prompts", "5") == table
     assert asked == []  # tuning is kept, too
-
-
-def verdict_rows(*rows: tuple[float, float, list[float | str]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "settings": {"target_psnr": target, "cache": None, "reason": ""},
-            "runs": len(values),
-            "prompts": [{"psnr_db": value} for value in values],
-            "psnr_db": {"min": 0, "mean": 0},
-            "speedup": {"median": speed},
-            "computed_share": 1.0,
-            "motion_ratio": None,
-        }
-        for target, speed, values in rows
-    ]
-
-
-def test_a_target_is_met_prompt_by_prompt_and_speed_has_to_fall() -> None:
-    rows = verdict_rows((28.0, 1.5, [28.0, 27.99, "bit-equal"]), (22.0, 2.0, [30.0, 21.0, 25.0]))
-    found = verdicts(rows)
-    assert [(each["target_psnr"], each["met"], each["of"]) for each in found["targets"]] == [(22, 2, 3), (28, 2, 3)]
-    assert found["speed_falls_with_target"] is True
-    assert verdicts(verdict_rows((22.0, 1.5, [30.0]), (28.0, 1.6, [30.0])))["speed_falls_with_target"] is False
-    assert verdicts(rows[:1])["speed_falls_with_target"] is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from dit_accel.shapes.methods.__main__ import main
 from dit_accel.shapes.methods.contenders import PUBLISHED, contenders
-from dit_accel.shapes.methods.runs import MethodSampler
+from dit_accel.shapes.methods.runs import MethodBench, MethodSampler
 from dit_accel.shapes.report.results import Results
 from dit_accel.shapes.report.sampling import Sample
 from dit_accel.shapes.world import parse_prompt
@@ -69,7 +69,7 @@ def test_everyone_renders_every_prompt_and_places_rotate(
     assert row["fallbacks"] == {"a": "b"}
     assert table["dense"]["sampling_seconds"] == 2.0
     assert table["noise_floor_db"] == "bit-equal"
-    assert row["accuracy"].keys() == {"color", "shape", "motion", "background", "all"}
+    assert row["accuracy"].keys() == {"color", "shape", "motion", "background", "count", "all"}
     assert row["dense_accuracy"]["all"] == {"right": 4, "of": 4, "share": 1.0}
     clips = [rendered(parse_prompt(each["prompt"]), index, 5) for index, each in enumerate(table["prompts"])]
     values = [float(-10 * torch.log10((0.1 * clip).double().square().mean())) for clip in clips]
@@ -91,10 +91,29 @@ def test_a_cut_run_goes_on_where_it_stopped(basic_wan: Path, tmp_path: Path, tru
     truthful.last = None
     truthful.clear()
     assert run(basic_wan, tmp_path / "cut.json", *options) == whole
-    assert truthful == [(2, "dense"), (2, first)]
+    assert truthful == [(0, "dense"), (2, "dense"), (2, first)]  # the first is a warm-up
     truthful.clear()
     assert run(basic_wan, tmp_path / "cut.json", *options) == whole
     assert truthful == []
+
+
+def test_on_a_gpu_kernels_are_loaded_before_a_run_that_is_timed(
+    basic_wan: Path, tmp_path: Path, truthful: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MethodBench, "_on_gpu", lambda self: True)
+    options = ["--prompts", "2", *only(*SOME)]
+    first, second, third = (each.name for each in contenders(SOME))
+    truthful.last = 8
+    with pytest.raises(Stop):
+        run(basic_wan, tmp_path / "m.json", *options)
+    looked_at, timed = truthful[1:4], truthful[4:]
+    assert looked_at == [(0, name) for name in (first, second, third)]  # which loads them, too
+    assert timed == [(0, name) for name in ("dense", first, second, third)]
+    truthful.last = None
+    truthful.clear()
+    run(basic_wan, tmp_path / "m.json", *options)
+    assert truthful[0] == (0, "dense")
+    assert truthful[1:] == [(1, name) for name in (first, first, second, second, third, third, "dense")]
 
 
 def test_others_stay_in_the_table_and_one_can_be_measured_anew(
@@ -109,6 +128,14 @@ def test_others_stay_in_the_table_and_one_can_be_measured_anew(
     truthful.clear()
     run(basic_wan, out, "--prompts", "1", *only(SOME[0]), "--forget", SOME[0])
     assert {way for _, way in truthful} == {"dense", SOME[0]}
+
+
+def test_rows_say_how_many_prompts_they_are_of(basic_wan: Path, tmp_path: Path, truthful: Calls) -> None:
+    run(basic_wan, tmp_path / "m.json", "--prompts", "1", *only(*SOME[:2]))
+    run(basic_wan, tmp_path / "m.json", "--prompts", "2", *only(SOME[2]))
+    lines = (tmp_path / "m.md").read_text().splitlines()
+    rows = [next(line for line in lines if line.startswith(f"| {name} |")) for name in ("method", *SOME)]
+    assert [row.split(" | ")[-1] for row in rows] == ["prompts |", "1 |", "1 |", "2 |"]
 
 
 def test_the_table_of_a_file_is_printed_again(

@@ -13,10 +13,10 @@ from PIL import Image
 from dit_accel.shapes.compare import main as compare
 from dit_accel.shapes.info import read_info
 from dit_accel.shapes.report.__main__ import main as report
-from dit_accel.shapes.report.journal import Journal, write_json
+from dit_accel.shapes.report.records import write_json
 from dit_accel.shapes.report.sampling import Sample, Sampler
-from dit_accel.shapes.report.subsets import chosen_subsets
-from dit_accel.shapes.world import SceneWords, parse_prompt, render, sample_scene
+from dit_accel.shapes.report.subsets import calibration_words, chosen_subsets
+from dit_accel.shapes.world import SceneWords, is_held_out, parse_prompt, render, sample_scene
 
 DEVICE = ["--device", "cpu"]
 
@@ -67,7 +67,7 @@ def test_report_counts_resumes_and_draws(
     assert content["load_seconds"] > 0
     assert content["subsets"].keys() == {"basic"}
     basic = content["subsets"]["basic"]
-    assert basic["slots"] == ["color", "shape", "motion", "background"]
+    assert basic["slots"] == ["color", "shape", "motion", "background", "count"]
     assert basic["accuracy"].keys() == {*basic["slots"], "all"}
     assert basic["accuracy"]["motion"] == {"right": 2, "of": 3, "share": pytest.approx(2 / 3)}
     assert basic["accuracy"]["color"]["right"] == 3
@@ -124,6 +124,16 @@ def test_how_many_prompts_are_judged_unless_told(shapes_wan: Path, basic_wan: Pa
     assert all(len(words.objects) == 2 and words.objects[0].motion is None for words in pair.prompts)
 
 
+@pytest.mark.parametrize("kind", ["shapes_wan", "basic_wan", "shapes_sd15"])
+def test_calibration_has_a_sentence_of_training_that_the_model_knows(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    info = read_info(request.getfixturevalue(kind))
+    words = calibration_words(info)
+    assert words == calibration_words(info) and not is_held_out(words)
+    info.check_prompt(words.prompt)
+
+
 def test_progress_of_other_settings_is_never_mixed_in(
     shapes_wan: Path, tmp_path: Path, truthful: list[tuple[int, str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +163,19 @@ def test_comparison_takes_turns_and_sums_up(
     assert content["accuracy"]["radial"]["all"] == content["accuracy"]["dense"]["all"]
     assert content["accuracy"]["radial"]["motion"]["right"] == 1
     assert "motion 1/2" in capsys.readouterr().out
+
+
+def test_a_comparison_that_goes_on_warms_up_first(
+    basic_wan: Path, tmp_path: Path, truthful: list[tuple[int, str]]
+) -> None:
+    options = ["--model", str(basic_wan), *DEVICE, "--out", str(tmp_path / "radial.json")]
+    assert compare([*options, "--prompts", "2"]) == 0
+    truthful.clear()
+    assert compare([*options, "--prompts", "3"]) == 0
+    assert truthful == [(0, "dense"), (2, "dense"), (2, "radial")]
+    truthful.clear()
+    assert compare([*options, "--prompts", "3"]) == 0
+    assert truthful == []
 
 
 def test_images_are_compared_without_motion(
@@ -246,18 +269,6 @@ def test_a_folder_that_says_nothing_about_its_training_is_named(
     assert "holds no shapes.json" in capsys.readouterr().err
 
 
-def test_a_journal_survives_an_interrupted_write(tmp_path: Path) -> None:
-    file = tmp_path / "deep" / "results.jsonl"
-    journal = Journal(file, {"seed": 1})
-    journal.add(0, {"value": 1})
-    journal.add(2, {"value": 3})
-    file.write_text(file.read_text() + '{"index": 3, "val')
-    again = Journal(file, {"seed": 1})
-    assert again.records == {0: {"value": 1}, 2: {"value": 3}}
-    again.add(3, {"value": 4})
-    assert Journal(file, {"seed": 1}).records[3] == {"value": 4}
-
-
 def test_written_json_is_readable_and_unchanged(tmp_path: Path) -> None:
     content = {
         "track": [[1.5, -2], [3, 4]],
@@ -270,11 +281,3 @@ def test_written_json_is_readable_and_unchanged(tmp_path: Path) -> None:
     text = (tmp_path / "deep" / "out.json").read_text()
     assert json.loads(text) == content
     assert "[1.5, -2]" in text and text.count("\n") > 5
-
-
-@pytest.mark.parametrize("text", ["", "not json\n", "[1]\n", '{"index": 1}\n'])
-def test_what_is_no_journal_is_refused(text: str, tmp_path: Path) -> None:
-    file = tmp_path / "results.jsonl"
-    file.write_text(text)
-    with pytest.raises(ValueError, match="not a journal"):
-        Journal(file, {})

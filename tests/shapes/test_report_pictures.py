@@ -14,6 +14,7 @@ from dit_accel.shapes.evaluate import SLOTS, Observation, ObservedObject, judge,
 from dit_accel.shapes.report.caption import SAYS, marked_words, seen_instead
 from dit_accel.shapes.report.grid import Cell, draw_grid, middle_frame
 from dit_accel.shapes.report.judging import accuracy, best_match, judged
+from dit_accel.shapes.report.subsets import BASIC_SLOTS
 from dit_accel.shapes.world import SceneWords, grammar_words, held_out, parse_prompt, render, sample_scene
 
 PAIR = parse_prompt(
@@ -21,7 +22,6 @@ PAIR = parse_prompt(
 )
 IMAGE_PAIR = parse_prompt("a red circle and a small blue square on a gray background")
 BASIC = held_out("basic", 1, motion=True)[0]
-BASIC_SLOTS = ("color", "shape", "motion", "background")
 
 
 def rendered(words: SceneWords, frames: int = 5) -> torch.Tensor:
@@ -119,8 +119,18 @@ def test_wrong_words_and_what_was_seen_instead(shown: SceneWords, wrong: list[st
 def test_slots_that_are_not_judged_are_not_marked() -> None:
     judgement = judged(rendered(changed(BASIC, 0, size="large")), BASIC, BASIC_SLOTS)
     assert seen_instead(BASIC, judgement) == []
-    nothing = judged(torch.zeros(5, 3, 64, 64), BASIC, BASIC_SLOTS)
-    assert "0 objects" in seen_instead(BASIC, nothing)
+    for slots in (BASIC_SLOTS, ("color", "shape")):  # an object that is missing is told even if none are counted
+        nothing = judged(torch.zeros(5, 3, 64, 64), BASIC, slots)
+        assert seen_instead(BASIC, nothing).count("0 objects") == 1
+
+
+def test_a_second_object_makes_a_basic_clip_wrong() -> None:
+    one, other = "a red circle moving left", "a small blue square moving right"
+    words, both = (parse_prompt(f"{text} on a gray background") for text in (one, f"{one} and {other}"))
+    judgement = judged(rendered(both, 33), words, BASIC_SLOTS)
+    assert [slot for slot, right in judgement["right"].items() if not right] == ["count"]
+    assert not judgement["all"]
+    assert seen_instead(words, judgement) == ["2 objects"]
 
 
 def count(sheet: Image.Image, matches: Callable[[int, int, int], bool]) -> int:

@@ -66,3 +66,16 @@ def test_a_pipeline_that_makes_no_clips_cannot_be_said_to(shapes_sd15: Path, tmp
 def test_the_digest_tells_weights_apart(shapes_wan: Path, shapes_sd3: Path) -> None:
     assert weights_digest(shapes_wan) == weights_digest(shapes_wan)
     assert weights_digest(shapes_wan) != weights_digest(shapes_sd3)
+
+
+def test_the_digest_tells_what_the_same_weights_are_used_for(shapes_wan: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shapes_wan, tmp_path / "copy"))
+    write_info(copy, steps=7)  # is in the settings
+    (copy / "README.md").write_text("says nothing to the pipeline")
+    found = [weights_digest(copy)]
+    assert found == [weights_digest(shapes_wan)]
+    names = ("scheduler/scheduler_config.json", "vae/config.json", "tokenizer/merges.txt", "tokenizer/spiece.model")
+    for name in names:
+        (copy / name).write_text("{}")
+        found.append(weights_digest(copy))
+    assert len({*found}) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,18 @@ from dit_accel.shapes.train.__main__ import main
 CONFIG = loop.LoopConfig(steps=8, warmup=2, log_every=2, save_every=4)
 
 
-def fit_line(folder: Path, stop_at: int | None = None, outputs: int = 1) -> loop.Trainer:
+def fit_line(
+    folder: Path,
+    stop_at: int | None = None,
+    outputs: int = 1,
+    steps: int = CONFIG.steps,
+    run: dict[str, str] | None = None,
+) -> loop.Trainer:
     """Fits a line; ``stop_at`` kills the run in the middle of that step."""
     torch.manual_seed(0)
     model = nn.Linear(3, outputs)
-    trainer = loop.Trainer(model, [torch.optim.AdamW(model.parameters(), lr=0.1)], CONFIG, folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    trainer = loop.Trainer(model, [optimizer], replace(CONFIG, steps=steps), folder, run)
 
     def loss_at(step: int) -> torch.Tensor:
         if step == stop_at:
@@ -40,13 +48,16 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     whole = fit_line(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         fit_line(tmp_path / "killed", stop_at=6)
+    with (tmp_path / "killed" / "log.jsonl").open("a") as lines:
+        lines.write('{"step": 6, "lo')
     resumed = fit_line(tmp_path / "killed")
     assert resumed.step == whole.step == 8
     for name, value in whole.average.items():
         assert torch.equal(value, resumed.average[name])
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name])
-    assert log(tmp_path / "killed")[-1] == log(tmp_path / "whole")[-1]
+    assert [step for step, _ in log(tmp_path / "killed")] == [2, 4, 6, 8]
+    assert log(tmp_path / "killed") == log(tmp_path / "whole")
 
 
 def test_the_average_lags_behind_the_weights(tmp_path):
@@ -89,6 +100,40 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     fit_line(tmp_path)
     with pytest.raises(ValueError, match="another version of this model; delete it or choose another folder"):
         fit_line(tmp_path, outputs=2)
+
+
+def test_steps_before_the_first_checkpoint_are_logged_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit_line(tmp_path, stop_at=3)
+    fit_line(tmp_path)
+    assert [step for step, _ in log(tmp_path)] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 12}, "steps was 8, is 12"),
+        ({"run": {"init": "abc", "device": "cpu"}}, "init was none, is abc"),
+        ({"run": {"init": "none", "device": "cuda"}, "steps": 4}, "steps was 8, is 4; device was cpu, is cuda"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, message):
+    given = {"steps": 8, "run": {"init": "none", "device": "cpu"}}
+    fit_line(tmp_path, **given)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match=rf"cannot resume .*checkpoint\.pt: {message}; delete it or choose another"):
+        fit_line(tmp_path, **given | change)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert fit_line(tmp_path, **given).step == 8
+
+
+def test_a_checkpoint_that_does_not_say_its_run_is_resumed(tmp_path):
+    fit_line(tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["run"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert fit_line(tmp_path, steps=12, run={"init": "abc"}).step == 12
+    assert [step for step, _ in log(tmp_path)] == [2, 4, 6, 8, 10, 12]
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is new in torch 2.9")

@@ -18,7 +18,7 @@ from dit_accel.shapes.recipes import sd15 as sd15_recipe
 from dit_accel.shapes.recipes.image_vae import build_image_vae
 from dit_accel.shapes.train import export_images, image_vae, images, sd3, sd15
 from dit_accel.shapes.train.loop import LoopConfig
-from dit_accel.shapes.world import is_held_out, parse_prompt, render
+from dit_accel.shapes.world import is_held_out, parse_prompt, render, sample_scene
 
 PROMPT = "a small striped red circle and a blue square on a gradient black background"
 SMALL, FULL = images.ImageSet(32, 6), images.ImageSet(48, 4)
@@ -213,6 +213,8 @@ def test_the_exported_folder_is_a_pipeline_with_the_trained_weights(name, vae_fo
     assert pipe.vae.config.scaling_factor == 2 and pipe.vae.config.shift_factor == (0.25 if name == "sd3" else None)
     pipe.set_progress_bar_config(disable=True)
     assert pipe(PROMPT, height=32, width=32, num_inference_steps=2, output_type="pt").images.isfinite().all()
+    with pytest.raises(ValueError, match=r"init was none, is .*; delete it or choose another folder"):
+        train(tmp_path / "run", vae_folder, 1, init=tmp_path / "out")
     train(tmp_path / "more", vae_folder, 1, init=tmp_path / "out")
     assert (tmp_path / "more" / "checkpoint.pt").exists()
     assert list((tmp_path / "more").glob("images-48-*.pt"))  # a trained model meets full images at once
@@ -246,7 +248,11 @@ def test_psnr_of_a_perfect_autoencoder_is_high_and_of_a_gray_one_is_known(monkey
             return SimpleNamespace(sample=self.decode_to(image))
 
     off_by_a_tenth = Fake(lambda image: image + torch.where(image > 0, -0.2, 0.2))  # 0.2 in [-1, 1] is 0.1 in [0, 1]
-    assert image_vae.image_psnr(off_by_a_tenth, 2) == pytest.approx([20.0, 20.0], abs=1e-3)
+    said = []
+    monkeypatch.setattr(image_vae, "sample_scene", lambda rng, words: said.append(words) or sample_scene(rng, words))
+    assert image_vae.image_psnr(off_by_a_tenth, 3) == pytest.approx([20.0] * 3, abs=1e-3)
+    assert [len(words.objects) for words in said] == [1, 2, 1] and len({*said}) == 3
+    assert all(is_held_out(words) for words in said)  # none of them is of training
 
 
 def test_the_autoencoder_learns_colors_early(monkeypatch):

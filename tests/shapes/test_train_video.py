@@ -328,6 +328,17 @@ def test_every_stage_of_the_video_model_in_miniature(small, tmp_path, monkeypatc
     name = "blocks.0.attn1.to_q.weight"
     assert torch.equal(pipe.transformer.state_dict()[name].float(), average[f"transformer.{name}"].half().float())
     assert str(tmp_path) not in (tmp_path / "pipeline" / "vae" / "config.json").read_text()
+    before = (tmp_path / "wan-run" / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    for other, message in (
+        (["--steps", "2"], "steps was 1, is 2"),
+        (["--init", str(tmp_path / "pipeline")], "init was none, is "),
+    ):
+        assert main(["wan", *run, *other]) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err and "delete it or choose another folder" in printed.err
+        assert "step" not in printed.out  # nothing was trained
+    assert (tmp_path / "wan-run" / "checkpoint.pt").read_bytes() == before
     more = [*run, "--init", str(tmp_path / "pipeline"), "--folder", str(tmp_path / "more")]
     assert main(["wan", *more]) == 0
     monkeypatch.setattr(recipe, "HEADS", 2)

@@ -12,7 +12,7 @@ from .table import attention_tables
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line; returns 0, or 2 after naming what was wrong."""
-    from ..report.journal import write_json
+    from ..report.records import write_json
     from ..report.settings import add_arguments
 
     parser = argparse.ArgumentParser(prog="python -m dit_accel.shapes.attention", description=__doc__)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ...files import staged
-from ..report.journal import Record
+from ..report.records import Record
 from ..report.settings import add_arguments, model_info, settings_from
 from ..report.subsets import chosen_subsets
 from ..report.tables import add_table_arguments, checked_out, opened, table_main, write_table
@@ -15,6 +15,7 @@ from . import targets
 from .contender import Contender
 from .contenders import contenders
 from .figure import caches_figure, targets_figure
+from .peers import peer_versions
 from .runs import CacheBench, CacheSampler
 from .table import markdown, summary
 from .targets import target_contenders
@@ -39,8 +40,12 @@ def _measure(parsed: argparse.Namespace) -> Record:
     sampler, everyone = CacheSampler(settings), contenders()
     if parsed.targets:
         seed = settings.seed + parsed.prompts  # noise, too, is other than that of the prompts that are judged
-        everyone = chosen = target_contenders(settings, sampler.makes_clips, learned, seed)
-    context, results = opened(out, sampler, subset, **({"tuned_on": learned} if parsed.targets else {}))
+        kept = out.with_suffix(".tuning.jsonl")
+        everyone = chosen = target_contenders(settings, sampler.makes_clips, learned, seed, kept)
+    more: Record = {"tuned_on": learned} if parsed.targets else {}
+    if versions := peer_versions():
+        more["peers"] = versions
+    context, results = opened(out, sampler, subset, **more)
     for each in forgotten:
         results.forget(each.name)
     return _render(CacheBench(sampler, subset, results, parsed.every), everyone, chosen, context, out)
@@ -57,7 +62,6 @@ def _checked(parsed: argparse.Namespace) -> Path:
 def _render(
     bench: CacheBench, everyone: list[Contender], chosen: list[Contender], context: Record, out: Path
 ) -> Record:
-    bench.warm_up()
     bench.settle(chosen)
     prompts = [words.prompt for words in bench.subset.prompts]
     table: Record = {}

@@ -30,6 +30,11 @@ class Contender(ABC):
     curve: str
     settings: Options = field(default_factory=dict)
 
+    @property
+    def key(self) -> Options:
+        """Settings that its results are told apart by, beside its name."""
+        return self.settings
+
     def calibrate(self, pipe: Any, generate: Callable[[], object], steps: int) -> Options:
         """What has to be found on the model once, as JSON values; by default nothing.
 

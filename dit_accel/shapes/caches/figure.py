@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ...caching.picture.shapes import Curve, Drawing, Words
 from ...caching.picture.svg import svg
-from ..report.journal import Record
+from ..report.records import Record
 from .contender import PEERS, PRESETS
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760.0, 420.0, 60.0, 190.0, 40.0, 50.0  # of the picture and its margins

@@ -118,6 +118,11 @@ def has_cache_dit() -> bool:
     return importlib.util.find_spec("cache_dit") is not None
 
 
+def peer_versions() -> dict[str, str]:
+    """Versions of the packages that take part and are no dependencies; those of dependencies are told elsewhere."""
+    return {"cache-dit": importlib.import_module("cache_dit").__version__} if has_cache_dit() else {}
+
+
 def peers() -> list[Contender]:
     """All of them, with several settings each. Those of cache-dit are there only if it is."""
     settings: Options

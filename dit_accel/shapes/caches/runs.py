@@ -11,12 +11,12 @@ from ...metrics import psnr
 from ...roots import find_roots
 from ...tally import sparse_density
 from ..report.bench import Bench, likeness
-from ..report.journal import Record
 from ..report.judging import decibels, temporal
+from ..report.records import Record
 from ..report.results import DENSE, Results
 from ..report.sampling import Sample, Sampler, tell
-from ..report.settings import Settings
-from ..report.subsets import Subset
+from ..report.settings import Settings, model_info
+from ..report.subsets import Subset, calibration_words
 from .contender import Contender, Options
 from .work import Work
 
@@ -51,9 +51,10 @@ class CacheSampler(Sampler):
             sample = super().sample(prompt, index, attention)
         return sample._replace(sampling_seconds=sample.sampling_seconds - self.work.paused)
 
-    def generate(self, prompt: str) -> None:
-        """One generation up to the latents."""
-        self.pipe(prompt, **(self._arguments(0) | {"output_type": "latent"}))
+    def generate(self) -> None:
+        """One generation up to the latents, to calibrate on: its sentence and its noise are none of those judged."""
+        words = calibration_words(model_info(self.settings.model))
+        self.pipe(words.prompt, **(self._arguments(-1) | {"output_type": "latent"}))
 
     @contextmanager
     def _accelerated(self, attention: str) -> Iterator[Acceleration | None]:
@@ -94,17 +95,18 @@ class CacheBench(Bench[CacheSampler]):
         Returns:
             ``found`` (by calibration) and ``refusal`` (why it cannot act, or None); None if nothing was.
         """
-        return self.results.get("settled", contender.name, settings=contender.settings)
+        return self.results.get("settled", contender.name, settings=contender.key)
 
     def render(self, index: int, contenders: Sequence[Contender]) -> None:
         """Renders what is missing of a prompt, in an order that differs between prompts: dense, some, dense ..."""
         missing = [each for each in contenders if each.name in self.sampler.ready and not self._rendered(each, index)]
         turn = index % len(missing) if missing else 0
         missing = [*missing[turn:], *missing[:turn]]
-        if not missing and self.results.get(DENSE, DENSE, index) is None:
-            self._dense(index)
-        before = self._dense(index) if missing else None
-        while missing and before is not None:
+        if not missing and self.results.get(DENSE, DENSE, index) is not None:
+            return
+        self.warm_up()
+        before = self._dense(index)
+        while missing:
             group, missing = missing[: self.every], missing[self.every :]
             done = [(each, *run) for each in group if (run := self._sampled(each, index)) is not None]
             after = self._dense(index)
@@ -114,6 +116,8 @@ class CacheBench(Bench[CacheSampler]):
 
     def _settle(self, contender: Contender) -> None:
         found = self.known(contender)
+        if found is None:
+            self.warm_up()  # before calibration
         if found is None or found["refusal"] is not None:
             found = self._settled(contender)
             self.results.add("settled", contender.name, found)
@@ -122,12 +126,9 @@ class CacheBench(Bench[CacheSampler]):
 
     def _settled(self, contender: Contender) -> Record:
         pipe, steps = self.sampler.pipe, self.sampler.settings.steps
-        content: Record = {"settings": contender.settings, "found": {}, "refusal": None}
+        content: Record = {"settings": contender.key, "found": {}, "refusal": None}
         try:
-            prompt = self.subset.prompts[0].prompt
-            content["found"] = self._shared(contender) or contender.calibrate(
-                pipe, lambda: self.sampler.generate(prompt), steps
-            )
+            content["found"] = self._shared(contender) or contender.calibrate(pipe, self.sampler.generate, steps)
             contender.install(pipe, steps, content["found"])
             contender.remove(pipe)
         except contender.refusals as error:
@@ -146,7 +147,7 @@ class CacheBench(Bench[CacheSampler]):
         try:
             sample = self.sampler.sample(self.subset.prompts[index].prompt, index, contender.name)
         except contender.refusals as error:
-            refused = {"settings": contender.settings, "found": {}, "refusal": str(error) or type(error).__name__}
+            refused = {"settings": contender.key, "found": {}, "refusal": str(error) or type(error).__name__}
             self.results.add("settled", contender.name, refused)
             del self.sampler.ready[contender.name]
             tell(f"{contender.name}: {error}")
@@ -165,7 +166,7 @@ class CacheBench(Bench[CacheSampler]):
         }
 
     def _rendered(self, contender: Contender, index: int) -> bool:
-        return self.results.get("run", contender.name, index, settings=contender.settings) is not None
+        return self.results.get("run", contender.name, index, settings=contender.key) is not None
 
     def _dense(self, index: int) -> Sample:
         sample = self.sampler.sample(self.subset.prompts[index].prompt, index, DENSE)
@@ -183,7 +184,7 @@ class CacheBench(Bench[CacheSampler]):
         base = self.results.get(DENSE, DENSE, index)
         assert base is not None
         content = {
-            "settings": contender.settings,
+            "settings": contender.key,
             **super()._judged(index, sample),
             "dense_sampling_seconds": round(seconds, 3),
             **likeness(sample, dense[0]),

@@ -20,8 +20,8 @@ from ..report.cells import (
     share_cell,
     slot_columns,
 )
-from ..report.journal import Record
 from ..report.judging import accuracy
+from ..report.records import Record
 from ..report.results import DENSE, Results
 from .contender import PEERS, PRESETS, TOGETHER, Contender
 
@@ -121,11 +121,11 @@ def _row(results: Results, contender: Contender, settled: Record, dense: Mapping
         "name": contender.name,
         "group": contender.group,
         "curve": contender.curve,
-        "settings": {**contender.settings, **settled["found"]},
+        "settings": {**contender.key, **settled["found"]},
         "note": None if refusal is None else f"cannot act: {refusal}",
         "runs": 0,
     }
-    found = {index: results.get("run", contender.name, index, settings=contender.settings) for index in dense}
+    found = {index: results.get("run", contender.name, index, settings=contender.key) for index in dense}
     runs = {index: run for index, run in found.items() if run is not None}
     if refusal is not None or not runs:
         return row

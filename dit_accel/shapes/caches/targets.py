@@ -6,10 +6,11 @@ import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..report.cells import Column, decibel_text, heading, markdown_table
-from ..report.journal import Record
+from ..report.records import Record
 from ..report.sampling import tell
 from ..report.settings import Settings
 from .contender import Contender, Options
@@ -28,9 +29,13 @@ class Tuning:
         prompts: to tune on; the last :data:`HELD_OUT` are for its own check.
         seed: of the noise of the first of them.
         call: arguments of the pipeline's call.
+        progress: file in which the pairs of tuning are kept.
     """
 
-    def __init__(self, targets: Sequence[float], prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> None:
+    def __init__(
+        self, targets: Sequence[float], prompts: Sequence[str], seed: int, call: Mapping[str, Any], progress: Path
+    ) -> None:
+        self._progress = progress
         self._targets, self._prompts, self._seed, self._call = tuple(targets), tuple(prompts), seed, dict(call)
         self._found: dict[float, Options] = {}
 
@@ -48,6 +53,7 @@ class Tuning:
                     held_out=self._prompts[-HELD_OUT:],
                     seed=self._seed,
                     tell=tell,
+                    progress=self._progress,
                     **self._call,
                 )
             records = [profile.to_json() for profile in profiles]
@@ -99,7 +105,9 @@ class TargetContender(Contender):
         return False
 
 
-def target_contenders(settings: Settings, makes_clips: bool, prompts: Sequence[str], seed: int) -> list[Contender]:
+def target_contenders(
+    settings: Settings, makes_clips: bool, prompts: Sequence[str], seed: int, progress: Path
+) -> list[Contender]:
     """One for each target.
 
     Args:
@@ -107,6 +115,7 @@ def target_contenders(settings: Settings, makes_clips: bool, prompts: Sequence[s
         makes_clips: whether the pipeline takes a number of frames.
         prompts: to tune on.
         seed: of the noise of the first of them.
+        progress: file in which the pairs of tuning are kept, so that it goes on where it was cut off.
 
     Raises:
         ValueError: for too few prompts.
@@ -120,7 +129,7 @@ def target_contenders(settings: Settings, makes_clips: bool, prompts: Sequence[s
         "width": settings.width,
         **({"num_frames": settings.frames} if makes_clips else {}),
     }
-    tuning = Tuning(TARGETS, prompts, seed, call)
+    tuning = Tuning(TARGETS, prompts, seed, call, progress)
     return [
         TargetContender(
             f"PSNR of at least {target:g} dB", GROUP, "target", {"target_psnr": target}, target=target, tuning=tuning

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..report.journal import Record
+from ..report.records import Record
 from ..report.settings import add_arguments, model_info, settings_from
 from ..report.subsets import chosen_subsets
 from ..report.tables import add_table_arguments, checked_out, opened, table_main, write_table
@@ -34,7 +34,6 @@ def _measure(parsed: argparse.Namespace) -> Record:
     for each in contenders(parsed.forget) if parsed.forget else ():
         results.forget(each.name)
     bench = MethodBench(sampler, subset, results, parsed.density)
-    bench.warm_up()
     settled = bench.settle(everyone, chosen)
     acting = [each for each, found in settled if each in chosen and found["refusal"] is None]
     for index in range(len(subset.prompts)):

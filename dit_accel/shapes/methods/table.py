@@ -19,8 +19,8 @@ from ..report.cells import (
     share_cell,
     slot_columns,
 )
-from ..report.journal import Record
 from ..report.judging import accuracy
+from ..report.records import Record
 from ..report.results import DENSE, Results
 from .contenders import EQUAL, PUBLISHED, Contender
 
@@ -123,4 +123,5 @@ def _columns() -> list[Column]:
         ("all words right (dense)", lambda row: right_cell(row, "all")),
         ("speed-up of the loop", lambda row: f"{row['speedup']['median']:.2f}"),
         ("fallbacks", lambda row: str(len(row["fallbacks"]) or "-")),
+        ("prompts", lambda row: str(row["runs"])),
     ]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .build import build_report
-from .journal import Record
+from .records import Record
 from .settings import add_arguments, model_info, settings_from
 from .subsets import chosen_subsets
 

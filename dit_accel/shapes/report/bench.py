@@ -7,8 +7,8 @@ from typing import Generic, TypeVar
 import torch
 
 from ...metrics import noise_floor, psnr, ssim
-from .journal import Record
 from .judging import decibels, judged
+from .records import Record
 from .results import DENSE, Results
 from .sampling import Sample, Sampler, tell
 from .subsets import Subset
@@ -27,12 +27,20 @@ class Bench(Generic[SamplerT]):
 
     def __init__(self, sampler: SamplerT, subset: Subset, results: Results) -> None:
         self.sampler, self.subset, self.results = sampler, subset, results
+        self._is_warm = False
         self._earlier: torch.Tensor | None = None  # dense clip of the first prompt
 
     def warm_up(self) -> None:
-        """A dense run of the first prompt, which takes slow beginnings away; how far the next is from it is kept."""
+        """Once, a dense run of the first prompt, which takes slow beginnings away from what is timed after it.
+
+        As long as the noise floor is unknown, it is kept, to see how far the next one is from it.
+        """
+        if self._is_warm:
+            return
+        self._is_warm = True
+        video = self.sampler.sample(self.subset.prompts[0].prompt, 0, DENSE).video
         if self.results.get("noise_floor", DENSE) is None:
-            self._earlier = self.sampler.sample(self.subset.prompts[0].prompt, 0, DENSE).video
+            self._earlier = video
 
     def _keep_dense(self, index: int, sample: Sample) -> None:
         if index == 0 and self._earlier is not None:

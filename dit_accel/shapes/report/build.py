@@ -8,11 +8,12 @@ from pathlib import Path
 from PIL import Image
 
 from ...files import staged
+from ...journal import Journal
 from ..world import SceneWords
 from .caption import seen_instead
 from .grid import Cell, draw_grid, middle_frame
-from .journal import Journal, Record, write_json
 from .judging import accuracy, judged, median_seconds
+from .records import Record, write_json
 from .sampling import Sampler, tell
 from .settings import Settings
 from .subsets import Subset

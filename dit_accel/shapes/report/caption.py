@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, TEXTURES, SceneWords
-from .journal import Record
 from .judging import OBJECT_SLOTS
+from .records import Record
 
 SAYS = {
     "color": COLORS,

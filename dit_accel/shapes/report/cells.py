@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from .journal import Record
 from .judging import accuracy, decibels, median_seconds
+from .records import Record
 
 Column = tuple[str, Callable[[Record], str]]
 
@@ -69,11 +69,19 @@ def markdown_table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
 
 
 def psnr_and_time(runs: Sequence[Record]) -> Record:
-    """Figures that every row has: likeness to dense, words right, and speed-up against the dense run beside it."""
-    values = [math.inf if run["psnr_db"] == "bit-equal" else run["psnr_db"] for run in runs]
+    """Figures that every row has: likeness to dense, words right, and speed-up against the dense run beside it.
+
+    The mean PSNR is that of the prompts that differ: infinity in some of them would hide how far the others are.
+    """
+    values = [run["psnr_db"] for run in runs]
+    differing = [value for value in values if value != "bit-equal"] or [math.inf]
     speedups = [run["dense_sampling_seconds"] / run["sampling_seconds"] for run in runs]
     return {
-        "psnr_db": {"mean": decibels(statistics.mean(values)), "min": decibels(min(values))},
+        "psnr_db": {
+            "mean": decibels(statistics.mean(differing)),
+            "min": decibels(min(differing)),
+            "bit_equal": values.count("bit-equal"),
+        },
         "ssim": {"mean": mean_of(runs, "ssim"), "min": min(run["ssim"] for run in runs)},
         "accuracy": accuracy(runs),
         "sampling_seconds": median_seconds([run["sampling_seconds"] for run in runs]),

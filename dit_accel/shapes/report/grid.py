@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..world import SceneWords
 from .caption import marked_words, seen_instead
-from .journal import Record
+from .records import Record
 
 COLUMNS = 4
 SIDE = 224  # pixels of a cell's longer side

@@ -12,7 +12,7 @@ import torch
 from ...metrics import flicker, motion_ratio
 from ..evaluate import ObservedObject, judge, observe
 from ..world import ObjectWords, SceneWords
-from .journal import Record
+from .records import Record
 
 TRACK_POINTS = 9  # of a clip's frames; enough to draw a circle
 OBJECT_SLOTS = ObjectWords._fields

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .journal import Journal, Record
+from ...journal import Journal
+from .records import Record
 
 DENSE = "dense"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import platform
 import sys
 import time
 import warnings
@@ -16,7 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .journal import Record
+from ...machine import device_name
+from ..info import FILE
+from .records import Record
 from .settings import Settings, model_folder
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ...report import Report
 
 PACKAGES = ("torch", "diffusers", "transformers")
+HASHED = (".safetensors", ".json", ".txt", ".model")  # files of a pipeline that decide what it makes
 
 
 class Sample(NamedTuple):
@@ -119,18 +121,17 @@ class Sampler:
 
 
 def weights_digest(folder: Path) -> str:
-    """Short SHA-256 over all weights of a pipeline folder, so that results of a retrained model are told apart."""
+    """Short SHA-256 over weights, configurations and vocabularies of a pipeline folder, which decide what it makes.
+
+    So results of a retrained model, or of one with another scheduler, are told apart. What ``shapes.json`` says of
+    sampling is in the settings.
+    """
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    files = (file for file in folder.rglob("*") if file.suffix in HASHED and file.is_file())
+    for file in sorted(files):
+        if file != folder / FILE:
+            digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def device_name(device: str) -> str:
-    """The GPU's name, or the processor's architecture and how many threads torch uses."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def tell(message: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...files import staged
-from .journal import Record, write_json
+from .records import Record, write_json
 from .results import Results
 from .sampling import Sampler
 from .subsets import Subset

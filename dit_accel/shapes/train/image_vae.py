@@ -12,7 +12,18 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from ..recipes.image_vae import IMAGE_SIDE, LATENT_CHANNELS, build_image_vae
-from ..world import BACKGROUNDS, COLORS, SHAPES, TEXTURES, ObjectWords, Scene, SceneObject, render, sample_scene
+from ..world import (
+    BACKGROUNDS,
+    COLORS,
+    SHAPES,
+    TEXTURES,
+    ObjectWords,
+    Scene,
+    SceneObject,
+    held_out,
+    render,
+    sample_scene,
+)
 from .devices import autocast
 from .images import OBJECTS, training_words
 from .loop import LoopConfig, Trainer
@@ -30,7 +41,8 @@ def train_image_vae(folder: Path, steps: int = 5000, device: str = "cpu") -> Non
     torch.manual_seed(0)
     vae = start_as_scaling(build_image_vae()).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
-    trainer = Trainer(vae, [optimizer], LoopConfig(steps=steps), folder)
+    run = {"device": torch.device(device).type}
+    trainer = Trainer(vae, [optimizer], LoopConfig(steps=steps), folder, run)
     trainer.fit(lambda step: reconstruction_loss(vae, image_batch(step, device)))
     trainer.load_average()
     measure_latents(vae)
@@ -84,18 +96,25 @@ def measure_latents(vae: AutoencoderKL, images: int = 128) -> None:
 
 @torch.no_grad()
 def image_psnr(vae: AutoencoderKL, images: int = 64) -> list[float]:
-    """PSNR in dB of encode-decode on images that training never saw, one value an image."""
-    values = []
-    for image in _images("held-out reconstruction", images, vae):
+    """PSNR in dB of encode-decode on images whose sentences training never saw, of one and of two objects in turn."""
+    single, pair = (held_out(subset, -(-images // 2), motion=False) for subset in ("single", "pair"))
+    sentences = [words for both in zip(single, pair, strict=True) for words in both]
+    rng, values = random.Random("held-out reconstruction"), []
+    for words in sentences[:images]:
+        image = _image(sample_scene(rng, words), vae)
         decoded = vae.decode(vae.encode(image).latent_dist.mode()).sample.clamp(-1, 1)
         values.append(-10 * float(torch.log10(F.mse_loss(decoded, image) / 4)))
     return values
 
 
 def _images(seed: str, count: int, vae: AutoencoderKL) -> list[torch.Tensor]:
+    """Whole images that training may see."""
     rng = random.Random(seed)
-    scenes = [_whole(rng) for _ in range(count)]
-    return [render(s, 1, IMAGE_SIDE, IMAGE_SIDE, device=vae.device).video * 2 - 1 for s in scenes]
+    return [_image(_whole(rng), vae) for _ in range(count)]
+
+
+def _image(scene: Scene, vae: AutoencoderKL) -> torch.Tensor:
+    return render(scene, 1, IMAGE_SIDE, IMAGE_SIDE, device=vae.device).video * 2 - 1
 
 
 def _whole(rng: random.Random) -> Scene:

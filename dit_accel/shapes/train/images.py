@@ -129,3 +129,16 @@ def weights_digest(module: nn.Module) -> str:
     for value in module.state_dict().values():
         digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def run_of(device: str, vae: nn.Module, model: nn.Module, init: Path | None) -> dict[str, str]:
+    """What the training of a denoiser depends on besides its schedule, as :class:`.Trainer` takes it.
+
+    Args:
+        device: where to train; batches and sets differ between CPU and GPU.
+        vae: the trained autoencoder.
+        model: as training begins.
+        init: pipeline folder that its weights are from; None for random ones.
+    """
+    start = "none" if init is None else weights_digest(model)
+    return {"init": start, "autoencoder": weights_digest(vae), "device": torch.device(device).type}

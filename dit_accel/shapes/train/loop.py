@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ...files import staged
+
+FIXED = ("steps", "warmup", "hold", "final_lr", "peak", "ema", "clip")  # settings that a run keeps to its end
 
 
 @dataclass(frozen=True)
@@ -60,15 +66,22 @@ class Trainer:
         optimizers: every optimizer that steps it; their initial learning rates are the highest of the schedule.
         config: see :class:`LoopConfig`.
         folder: where ``checkpoint.pt`` and ``log.jsonl`` live; a checkpoint found there is resumed.
+        run: what a run depends on besides its schedule, such as where its weights and its data are from.
 
     Raises:
-        ValueError: if the checkpoint is of another model or of other optimizers.
+        ValueError: if the checkpoint is of another model, of other optimizers or of another run.
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: LoopConfig, folder: Path
+        self,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        config: LoopConfig,
+        folder: Path,
+        run: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.optimizers, self.config, self.folder = model, optimizers, config, folder
+        self.run: dict[str, Any] = {**{name: getattr(config, name) for name in FIXED}, **(run or {})}
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.average = {name: value.detach().clone().float() for name, value in model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
@@ -76,6 +89,7 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             self._resume()
+        self._drop_repeated()
 
     @property
     def checkpoint(self) -> Path:
@@ -133,6 +147,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {
+            "run": self.run,
             "step": self.step,
             "seconds": self.seconds,
             "loss": self.loss,
@@ -147,6 +162,7 @@ class Trainer:
     def _resume(self) -> None:
         device = next(self.model.parameters()).device
         state = torch.load(self.checkpoint, map_location=device, weights_only=True)
+        self._check_run(state.get("run", self.run))  # older checkpoints do not say
         try:
             self.model.load_state_dict(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -154,8 +170,30 @@ class Trainer:
             self.step, self.seconds = state["step"], state["seconds"]
             self.loss, self.average = state["loss"], state["average"]
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = "it was written by another version of this model"
-            raise ValueError(
-                f"cannot resume {self.checkpoint}: {reason}; delete it or choose another folder"
-            ) from error
+            raise self._refused("it was written by another version of this model") from error
         print(f"resumed at step {self.step}", flush=True)
+
+    def _check_run(self, stored: Mapping[str, Any]) -> None:
+        names = [name for name in {**stored, **self.run} if stored.get(name) != self.run.get(name)]
+        if names:
+            raise self._refused("; ".join(f"{name} was {stored.get(name)}, is {self.run.get(name)}" for name in names))
+
+    def _refused(self, reason: str) -> ValueError:
+        return ValueError(f"cannot resume {self.checkpoint}: {reason}; delete it or choose another folder")
+
+    def _drop_repeated(self) -> None:
+        """Drops log lines of steps still to come: they were done after the last checkpoint, and will be again."""
+        log = self.folder / "log.jsonl"
+        text = log.read_text() if log.exists() else ""
+        kept = "".join(line for line in text.splitlines(keepends=True) if _step_of(line) <= self.step)
+        if kept != text:
+            with staged(log) as (scratch,):
+                scratch.write_text(kept)
+
+
+def _step_of(line: str) -> float:
+    """Step of a log line; infinity for half a line, which an interrupted write leaves."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

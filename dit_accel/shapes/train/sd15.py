@@ -12,7 +12,7 @@ from torch import nn
 
 from ..recipes.sd15 import TRAIN_TIMESTEPS, build_pipeline
 from .devices import autocast
-from .images import Curriculum, EncodedImages, optimizers
+from .images import Curriculum, EncodedImages, optimizers, run_of
 from .loop import LoopConfig, Trainer, going_on
 
 CURRICULUM = Curriculum(steps=12000, small_part=0.7, full_share=0.8, small_batch=12, full_batch=3)
@@ -48,6 +48,9 @@ def train_sd15(
         device: where to train.
         init: pipeline folder whose text encoder and UNet to start from, with full images among small ones
             at once; None starts from random weights, on small images.
+
+    Raises:
+        ValueError: if the checkpoint is of another run: of other steps, another start, autoencoder or kind of device.
     """
     vae = AutoencoderKL.from_pretrained(vae_folder)
     torch.manual_seed(0)
@@ -56,7 +59,7 @@ def train_sd15(
     model = Sd15Model(pipe).train().to(device)
     fresh = LoopConfig(steps=steps, warmup=200)
     loop = fresh if init is None else going_on(fresh)
-    trainer = Trainer(model, optimizers(model, 1e-3, 1e-3), loop, folder)
+    trainer = Trainer(model, optimizers(model, 1e-3, 1e-3), loop, folder, run_of(device, vae, model, init))
     images = EncodedImages(vae, folder, device)
 
     def loss_at(step: int) -> torch.Tensor:

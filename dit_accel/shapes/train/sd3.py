@@ -12,7 +12,7 @@ from torch import nn
 
 from ..recipes.sd3 import SHIFT, T5_LENGTH, build_pipeline
 from .devices import autocast
-from .images import FULL, SMALL, Curriculum, EncodedImages, ImageSet, optimizers
+from .images import FULL, SMALL, Curriculum, EncodedImages, ImageSet, optimizers, run_of
 from .loop import LoopConfig, Trainer, going_on
 from .wan import shifted_sigmas
 
@@ -65,6 +65,9 @@ def train_sd3(
         device: where to train.
         init: pipeline folder whose text encoders and transformer to start from, with full images among small ones
             at once; None starts from random weights, on small images.
+
+    Raises:
+        ValueError: if the checkpoint is of another run: of other steps, another start, autoencoder or kind of device.
     """
     vae = AutoencoderKL.from_pretrained(vae_folder)
     torch.manual_seed(0)
@@ -75,7 +78,7 @@ def train_sd3(
     model = Sd3Model(pipe).train().to(device)
     fresh = LoopConfig(steps=steps, warmup=200)
     loop = fresh if init is None else going_on(fresh)
-    trainer = Trainer(model, optimizers(model, 2e-3, 1.5e-3), loop, folder)
+    trainer = Trainer(model, optimizers(model, 2e-3, 1.5e-3), loop, folder, run_of(device, vae, model, init))
     images = EncodedImages(vae, folder, device)
 
     def loss_at(step: int) -> torch.Tensor:

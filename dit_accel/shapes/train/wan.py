@@ -15,6 +15,7 @@ from ..recipes.text import build_t5_tokenizer, build_umt5_encoder
 from ..recipes.wan import TEXT_LENGTH, build_transformer
 from .counted_padding import CountedPadding
 from .devices import autocast, settings_for
+from .images import run_of
 from .latents import FULL, SMALL, ClipSize, EncodedClips, encoded_clips
 from .loop import LoopConfig, Trainer, going_on
 from .muon import Muon
@@ -77,8 +78,10 @@ def train_wan(
             random weights, on small clips.
 
     Raises:
-        ValueError: if ``init`` or the checkpoint is of another architecture.
+        ValueError: if ``init`` or the checkpoint is of another architecture, or the checkpoint is of another run: of
+            other steps, another start, autoencoder or kind of device.
     """
+    vae = AutoencoderKLWan.from_pretrained(vae_folder)
     torch.manual_seed(0)
     model = TextConditioned()
     if init is not None:
@@ -88,9 +91,9 @@ def train_wan(
     steps = steps or settings.wan_steps
     fresh = LoopConfig(steps=steps, warmup=200)
     loop = fresh if init is None else going_on(fresh)
-    trainer = Trainer(model, optimizers(model), loop, folder)
+    trainer = Trainer(model, optimizers(model), loop, folder, run_of(device, vae, model, init))
     CountedPadding.install(model.transformer)
-    clips = _ClipSets(vae_folder, folder, device)
+    clips = _ClipSets(vae, folder, device)
 
     def loss_at(step: int) -> torch.Tensor:
         rng = random.Random(f"batch {step}")
@@ -110,10 +113,9 @@ def clip_size(progress: float, rng: random.Random) -> ClipSize:
 class _ClipSets(dict[ClipSize, EncodedClips]):
     """The sets of both sizes, each encoded or loaded when a step first needs it."""
 
-    def __init__(self, vae_folder: Path, folder: Path, device: str) -> None:
+    def __init__(self, vae: AutoencoderKLWan, folder: Path, device: str) -> None:
         super().__init__()
-        self.vae = AutoencoderKLWan.from_pretrained(vae_folder)
-        self.folder, self.device = folder, device
+        self.vae, self.folder, self.device = vae, folder, device
 
     def __missing__(self, size: ClipSize) -> EncodedClips:
         settings = settings_for(self.device)

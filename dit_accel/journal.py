@@ -1,20 +1,16 @@
-"""Results kept line by line, so that an interrupted evaluation goes on where it stopped."""
+"""Results kept line by line, so that what was interrupted goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from ...files import staged
-
-Record = dict[str, Any]
-_FLAT_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")  # JSON strings hold no line breaks, so this is none of them
+from .files import staged
 
 
 class Journal:
-    """A file of JSON lines: what the results depend on, then one result per prompt.
+    """A file of JSON lines: what the results depend on, then one result under each number.
 
     Results of other settings are never mixed in: opening such a file is an error.
 
@@ -26,14 +22,14 @@ class Journal:
         ValueError: if the file was written under another context, or is no journal.
     """
 
-    def __init__(self, file: Path, context: Record) -> None:
+    def __init__(self, file: Path, context: dict[str, Any]) -> None:
         self.file, self.context = file, context
-        self.records: dict[int, Record] = {}
+        self.records: dict[int, dict[str, Any]] = {}
         if file.exists():
             self._read()
 
-    def add(self, index: int, record: Record) -> None:
-        """Stores the result of one prompt, on disk before returning."""
+    def add(self, index: int, record: dict[str, Any]) -> None:
+        """Stores a result, on disk before returning."""
         if not self.file.exists():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.write_text(json.dumps({"context": self.context}) + "\n")
@@ -49,26 +45,17 @@ class Journal:
             context = header["context"]
             self.records = {record.pop("index"): record for record in records}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.file} is not a journal of results; delete it or choose another --out") from error
+            raise ValueError(f"{self.file} is not a journal of results; delete it or write to another file") from error
         self._check(context)
         if whole != text:
             with staged(self.file) as (scratch,):
                 scratch.write_text(whole)
 
-    def _check(self, stored: Record) -> None:
+    def _check(self, stored: dict[str, Any]) -> None:
         names = sorted(name for name in {*stored, *self.context} if stored.get(name) != self.context.get(name))
         if names:
             changes = "; ".join(f"{name} was {stored.get(name)!r}, is {self.context.get(name)!r}" for name in names)
             raise ValueError(
-                f"{self.file} holds results of other settings ({changes}); choose another --out, or delete it to start"
-                " again"
+                f"{self.file} holds results of other settings ({changes}); write to another file, or delete it to "
+                "start again"
             )
-
-
-def write_json(file: Path, content: Record) -> None:
-    """Writes a readable JSON file, whole or not at all; its folder is made if need be. Flat lists take one line."""
-    text = json.dumps(content, indent=1, allow_nan=False)
-    text = _FLAT_LIST.sub(lambda match: "[" + re.sub(r"\n\s+", " ", match[1]) + "]", text)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with staged(file) as (scratch,):
-        scratch.write_text(text + "\n")

@@ -1,0 +1,101 @@
+"""Pairs on disk as they are measured, so that a tuning that was cut off goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..files import check_writable
+from ..journal import Journal
+from ..machine import device_name
+from .key import Key
+from .pairs import Pair
+from .sampling import Sampler
+from .spec import CacheSpec
+
+FORMAT = "dit-accel progress of tuning, version 1"
+
+
+class Progress:
+    """Every pair of a tuning in a file, written before the next one is run.
+
+    Args:
+        file: made at the first pair, its folder at once.
+        prompts: of the tuning, those held out last.
+        context: everything that pairs depend on, see :func:`context_of`.
+
+    Attributes:
+        file: as given.
+        pairs: all that are known, by cache and number of the prompt.
+
+    Raises:
+        ValueError: if the file holds pairs of other settings, or is damaged.
+        OSError: if it cannot be written.
+    """
+
+    def __init__(self, file: Path, prompts: Sequence[str], context: dict[str, Any]) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(file)
+        self.file, self._prompts = file, tuple(prompts)
+        self._journal = Journal(file, {"format": FORMAT, "prompts": list(prompts), **context})
+        self.pairs: dict[tuple[CacheSpec, int], Pair] = {}
+        for _, record in sorted(self._journal.records.items()):
+            self._take(record)
+
+    def add(self, spec: CacheSpec, number: int, pair: Pair) -> None:
+        """Stores a pair, on disk before returning; the latest of a cache and a prompt counts."""
+        values = {name: _kept(value) for name, value in asdict(pair).items() if name != "prompt"}
+        record = {"cache": spec.to_json(), "number": number, "pair": values}
+        self._journal.add(len(self._journal.records), record)
+        self.pairs[spec, number] = pair
+
+    def _take(self, record: Mapping[str, Any]) -> None:
+        try:
+            number = record["number"]
+            values: dict[str, Any] = {
+                name: None if value is None else float(value) for name, value in record["pair"].items()
+            }
+            self.pairs[CacheSpec.from_json(record["cache"]), number] = Pair(self._prompts[number], **values)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.file} is damaged ({error}); delete it to start again") from error
+
+
+def context_of(sampler: Sampler, key: Key) -> dict[str, Any]:
+    """Everything that pairs depend on besides their prompts: model, attention, call, noise, versions, machine."""
+    return {
+        "key": key.to_json(),
+        "call": {name: _said(value) for name, value in sorted(sampler.settings.items())},
+        "seed": sampler.seed,
+        "versions": {"dit_accel": __version__, "torch": str(torch.__version__), "diffusers": diffusers.__version__},
+        "machine": device_name(sampler.device),
+    }
+
+
+def _kept(value: float | None) -> float | str | None:
+    """Strict JSON has no infinity, so that becomes its text."""
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def _said(value: Any) -> Any:
+    """An argument of the call as JSON; pictures and tensors by a hash of what they hold."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _said(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_said(each) for each in value]
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().float().numpy()
+    if isinstance(value, np.ndarray) or hasattr(value, "tobytes"):
+        return f"{type(value).__name__} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+    return repr(value)
