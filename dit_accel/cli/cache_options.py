@@ -90,7 +90,11 @@ def choice_of(options: argparse.Namespace) -> CacheChoice:
     if picture is not None and picture.suffix.lower() not in PICTURES:
         raise UsageError(f"--schedule-picture must end in {' or '.join(PICTURES)}, got '{picture}'")
     if options.profile is not None:
-        load(options.profile)
+        profile = load(options.profile)
+        if picture is not None and profile.is_off:
+            raise UsageError(
+                f"--schedule-picture: the profile '{options.profile}' is off, so there is no schedule to draw"
+            )
         return CacheChoice(profile=options.profile, picture=picture)
     if options.cache is None:
         return CacheChoice()

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from .errors import EnvironmentProblem, one_line
+from .errors import EnvironmentProblem, one_line, with_type
 from .kernel_check import examine_kernels, known_warnings_hidden, print_kernels
 from .versions import installed, versions
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the findings; exit code 3 if something essential is missing."""
+    """Prints the findings; exit code 3 if something essential is missing, or nothing works on a device."""
     findings = examine_only_kernels() if options.kernels else examine()
     if options.json:
         print(json.dumps(findings, allow_nan=False))
@@ -52,8 +52,8 @@ def examine() -> dict[str, Any]:
     if "torch" not in missing:
         findings["devices"] = _devices()
         findings["backends"] = [row for kind in _kinds() for row in _backends(kind)]
-    works = any(row["ok"] for row in findings["backends"])
-    findings["healthy"] = not missing and works and all(model["ok"] for model in findings["models"].values())
+    models = all(model["ok"] for model in findings["models"].values())
+    findings["healthy"] = not missing and models and _every_device_works(findings["backends"])
     return findings
 
 
@@ -89,15 +89,38 @@ def _devices() -> list[str]:
 
     found = [f"cpu ({torch.get_num_threads()} threads)"]
     for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        capability = f"{facts.major}.{facts.minor}"
-        found.append(f"cuda:{index} ({facts.name}, {facts.total_memory / 2**30:.0f} GiB, capability {capability})")
+        found.append(f"cuda:{index} ({_facts(index)})")
     if torch.backends.mps.is_available():
         found.append("mps")
     return found
 
 
+def _facts(index: int) -> str:
+    """What a GPU is, or why it does not say so."""
+    import torch
+
+    try:
+        facts = torch.cuda.get_device_properties(index)
+    except Exception as failure:  # a GPU may be listed that cannot be used
+        return with_type(failure)
+    return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, capability {facts.major}.{facts.minor}"
+
+
+def _every_device_works(rows: list[dict[str, Any]]) -> bool:
+    """Whether some backend works on each device, and there is a device at all."""
+    devices = {row["device"] for row in rows}
+    return bool(devices) and devices == {row["device"] for row in rows if row["ok"]}
+
+
 def _backends(kind: str) -> list[dict[str, Any]]:
+    """One row for each backend; a single one if the device cannot even be given a case."""
+    try:
+        return _tried_backends(kind)
+    except Exception as failure:  # a device may be there that runs nothing
+        return [{"device": kind, "backend": "all", "ok": False, "detail": with_type(failure)}]
+
+
+def _tried_backends(kind: str) -> list[dict[str, Any]]:
     """Asks every backend about a small case, and runs those that accept it against the plain reference."""
     import torch
 
@@ -122,7 +145,7 @@ def _try_backend(call: Any, expected: Any) -> dict[str, Any]:
         with known_warnings_hidden():
             error = (call() - expected).abs().max().item()
     except Exception as failure:  # a diagnosis must survive whatever a backend does
-        return {"ok": False, "detail": f"{type(failure).__name__}: {one_line(failure)}"}
+        return {"ok": False, "detail": with_type(failure)}
     return {"ok": error < 1e-2, "detail": f"largest difference from the reference {error:.1e}"}
 
 

@@ -32,6 +32,11 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def with_type(error: BaseException) -> str:
+    """The same after the error's type, for errors of other people's code."""
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
 def report_error(error: Exception, debug: bool) -> int:
     """Prints an error (with its traceback if ``debug``) to stderr and returns the exit code."""
     if debug:

@@ -86,6 +86,7 @@ def inspect_model(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from dit_accel.inspect import InspectionRecorder
     from dit_accel.inspect.report import build_report
 
+    from .jobs import limited_threads
     from .models import locate
     from .pipelines import load
     from .plain import plain
@@ -96,12 +97,14 @@ def inspect_model(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     candidates, refused = _candidates(options, model)
     recorder = InspectionRecorder(at, candidates)
     loaded = load(model, settings, debug=options.debug)
-    seconds = _sample(loaded, settings, recorder)
+    with limited_threads(settings.threads):
+        seconds = _sample(loaded, settings, recorder)
+        environment = _environment(settings)  # which counts the threads
     try:
         report = build_report(
             recorder,
             settings=_record(settings),
-            environment=_environment(settings),
+            environment=environment,
             density=options.density,
             not_compared=refused,
             seconds=seconds,
@@ -151,14 +154,12 @@ def _sample(loaded: Loaded, settings: Settings, recorder: InspectionRecorder) ->
 
     from dit_accel import accelerate
 
-    from .jobs import limited_threads
     from .sampling import explained_errors
     from .watch import stopping, watched
 
     pipe, last = loaded.pipe, max(recorder.at)
     start = time.perf_counter()
     with (
-        limited_threads(settings.threads),
         watched(pipe, last + 1, "inspect") as (_, extra),
         explained_errors(),
         accelerate(pipe, controls=[recorder]),
@@ -180,7 +181,7 @@ def _record(settings: Settings) -> dict[str, Any]:
 
 
 def _environment(settings: Settings) -> dict[str, Any]:
-    from dit_accel.shapes.report.sampling import device_name
+    from dit_accel.machine import device_name
 
     from .versions import versions
 

@@ -93,6 +93,9 @@ def _picture(report: Report | None, settings: Settings) -> bytes | None:
 def _compare(loaded: Loaded, settings: Settings) -> Job:
     """Dense, accelerated, dense again: the repetition gives the noise floor, and cancels a drift in speed."""
     pipe = loaded.pipe
+    if settings.cache.is_on:
+        with _accelerated(pipe, settings):  # what cannot be put on is better known before a dense video was rendered
+            pass
     warm_up(pipe, settings, decode=True)
     if settings.attention != "dense":  # the cache has nothing to compile, and may be for so many steps only
         with _accelerated(pipe, replace(settings, cache=CacheChoice(), timed=False), **_sparse_at_once(settings)):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .errors import one_line
+from .errors import with_type
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def examine_kernels(kinds: list[str]) -> dict[str, Any]:
     rows = [_examine(backend, kind) for kind in kinds for backend in BACKENDS]
     auto = {kind: _automatic(kind) for kind in kinds}
     works = {(row["device"], row["backend"]): row["ok"] for row in rows}
-    healthy = all(works[kind, choice["backend"]] for kind, choice in auto.items())
+    healthy = all(works.get((kind, choice["backend"]), False) for kind, choice in auto.items())
     variants = [_variant(variant, kind) for kind in kinds for variant in VARIANTS]
     return {"auto": auto, "kernels": rows, "variants": variants, "healthy": healthy}
 
@@ -104,36 +104,50 @@ def _variant(variant: str, kind: str) -> dict[str, Any]:
     from dit_accel.kernels.triton_kernels.self_check import known_outcomes
     from dit_accel.kernels.triton_kernels.variants import backend_name
 
-    answer = check(backend_name(variant), Call(kind, torch.float16, 128, 128, 128))
-    outcome = known_outcomes(kind).get(variant)
-    return {
-        "device": kind,
-        "variant": answer.backend,
+    row: dict[str, Any] = {"device": kind, "variant": backend_name(variant)}
+    try:
+        answer = check(backend_name(variant), Call(kind, torch.float16, 128, 128, 128))
+        outcome = known_outcomes(kind).get(variant)
+        configuration = _variant_configuration(variant, kind) if answer.ok else {}
+    except Exception as failure:  # a device may be there that runs nothing
+        return row | {"ok": False, "reason": with_type(failure), "max_abs_error": None, "configuration": {}}
+    error = None if outcome is None else outcome.error
+    return row | {
         "ok": answer.ok,
         "reason": answer.reason,
-        "max_abs_error": None if outcome is None else outcome.error,
-        "configuration": _variant_configuration(variant, kind) if answer.ok else {},
+        "max_abs_error": error,
+        "configuration": configuration,
     }
 
 
-def _check(backend: str, kind: str, dtype: str, head_dim: int, tolerance: float) -> dict[str, Any]:
+def _case(kind: str, dtype: str, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SparsePlan]:
+    """Queries, keys and values on a device, and the plan."""
     import torch
-
-    from dit_accel.kernels import attend as kernels
 
     generator = torch.Generator().manual_seed(1)
     shape = (1, HEADS, TOKENS, head_dim)
     q, k, v = (torch.randn(shape, generator=generator).to(kind, getattr(torch, dtype)) for _ in range(3))
-    plan = _plan(kind)
-    support = {answer.backend: answer for answer in kernels.explain(q, k, v, plan)}[backend]
-    row = {"dtype": dtype, "head_dim": head_dim, "accepted": support.ok, "reason": support.reason}
+    return q, k, v, _plan(kind)
+
+
+def _check(backend: str, kind: str, dtype: str, head_dim: int, tolerance: float) -> dict[str, Any]:
+    from dit_accel.kernels import attend as kernels
+
+    row: dict[str, Any] = {"dtype": dtype, "head_dim": head_dim}
+    try:
+        q, k, v, plan = _case(kind, dtype, head_dim)
+        support = {answer.backend: answer for answer in kernels.explain(q, k, v, plan)}[backend]
+    except Exception as failure:  # a device may be there that runs nothing
+        reason = with_type(failure)
+        return row | {"accepted": False, "reason": reason, "ok": False, "max_abs_error": None, "detail": reason}
+    row |= {"accepted": support.ok, "reason": support.reason}
     if not support.ok:
         return row | {"ok": False, "max_abs_error": None, "detail": f"refused: {support.reason}"}
     try:
         with known_warnings_hidden():
             error = _error(kernels.attend(q, k, v, plan, backend=backend), q, k, v, plan)
     except Exception as failure:  # a diagnosis must survive whatever a backend does
-        return row | {"ok": False, "max_abs_error": None, "detail": f"{type(failure).__name__}: {one_line(failure)}"}
+        return row | {"ok": False, "max_abs_error": None, "detail": with_type(failure)}
     if not math.isfinite(error):
         return row | {"ok": False, "max_abs_error": None, "detail": "the output holds NaN or infinity"}
     detail = f"largest difference from dense attention {error:.1e} (up to {tolerance:.0e} is accepted)"
@@ -154,7 +168,10 @@ def _automatic(kind: str) -> dict[str, str]:
     from dit_accel.kernels.attend import choose_backend
 
     dtype = torch.float32 if kind == "cpu" else torch.bfloat16
-    choice = choose_backend(kind, dtype, 128, _plan(kind))
+    try:
+        choice = choose_backend(kind, dtype, 128, _plan(kind))
+    except Exception as failure:  # a device may be there that runs nothing
+        return {"backend": "none", "reason": with_type(failure)}
     return {"backend": choice.backend, "reason": choice.reason}
 
 
@@ -167,7 +184,10 @@ def _configuration(backend: str, kind: str) -> dict[str, str]:
     if backend != "triton":
         return {}
     sizes = (("16 bit", 2), ("32 bit", 4))
-    return {f"{name}, head dim {dim}": _pointer_tile(kind, size, dim) for name, size in sizes for dim in HEAD_DIMS}
+    try:
+        return {f"{name}, head dim {dim}": _pointer_tile(kind, size, dim) for name, size in sizes for dim in HEAD_DIMS}
+    except Exception as failure:  # the checks may have left the device unusable
+        return {"unknown": with_type(failure)}
 
 
 def _variant_configuration(variant: str, kind: str) -> dict[str, str]:

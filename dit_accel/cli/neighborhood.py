@@ -34,12 +34,6 @@ def own_options(*, layers: bool = True) -> tuple[Option, ...]:
     )
 
 
-def add_arguments(group: argparse._ActionsContainer, *, layers: bool) -> None:
-    """Declares the options among those of other methods."""
-    for each in own_options(layers=layers):
-        each.add_to(group, before="neighborhood: ")
-
-
 def per_axis(number: Callable[[str], Any], *words: str) -> Callable[[str], Any]:
     """A converter for one value (``0.6``), one for each dimension (``18x24x24``), or one of some words."""
     accepted = "one number, or one for each dimension with x between, such as 2x8x8"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,23 @@ class Targets:
         every = (self.video, self.record, self.dense, self.side_by_side, self.picture)
         return [path for path in every if path is not None]
 
+    def check_sources(self, sources: Iterable[str | Path]) -> None:
+        """Makes sure that nothing is written over a file that the command reads.
+
+        Args:
+            sources: paths of those files; texts that are no paths do no harm.
+
+        Raises:
+            UsageError: if one of them is also an output, whether or not it may be replaced.
+        """
+        for source in sources:
+            for path in self.all():
+                if _real(source) == _real(path):
+                    flag = "--schedule-picture" if path is self.picture else "--output"
+                    raise UsageError(
+                        f"'{source}' is read by this command and would be replaced; choose another {flag}"
+                    )
+
     def check(self, force: bool) -> None:
         """Makes sure now that everything can be written later.
 
@@ -66,6 +84,11 @@ class Targets:
             except OSError as error:
                 reason = error.strerror or one_line(error)
                 raise UsageError(f"cannot write '{path}': {reason}; choose another place") from error
+
+
+def _real(path: str | Path) -> str:
+    """The same for every way to name a file; the file need not be there."""
+    return os.path.realpath(os.path.expanduser(path))
 
 
 def write_outputs(targets: Targets, settings: Settings, job: Job) -> dict[str, Any]:

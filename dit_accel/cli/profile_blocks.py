@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 NAME = "profile-blocks"
-USUAL_BUDGET = 0.7
+USUAL_BUDGET, USUAL_SCHEDULE = 0.7, "uniform"
 SUMMARY = "rank a model's blocks by what they attend to, or by the error of skipping them, for --cache profiling"
 
 
@@ -77,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     size.add_argument("--speedup", type=real(1, above=True), metavar="X", help="predicted, by counting blocks")
     choice.add_argument(
-        "--schedule", choices=["uniform", "shrinking"], default="uniform", help="steps that run all blocks (uniform)"
+        "--schedule",
+        choices=["uniform", "shrinking"],
+        help=f"steps that run all blocks, for --speedup and --method search ({USUAL_SCHEDULE})",
     )
     for method, options in OPTIONS.items():
         group = parser.add_argument_group(f"--method {method}")
@@ -96,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Checks everything cheap, loads the model, measures, writes, and reports."""
     out = _checked_target(options.out, options.force)
-    given = _own_options(options)
+    given, schedule = _own_options(options), _schedule(options)
     if options.budget is not None and options.budget >= 1:
         raise UsageError(f"--budget is the part of the blocks to skip, in (0, 1), got {options.budget:g}")
     from .models import locate
@@ -106,9 +108,11 @@ def run(options: argparse.Namespace) -> int:
     model = locate(options.model, images=True)
     settings = resolve(_as_rendering(options), model)
     _check_model(options, model)
+    if options.method == "search":
+        _check_steps(schedule, settings.steps)
     given |= _looks(given.pop("at", None), settings.steps)
     loaded = load(model, settings, debug=options.debug)
-    profile = _measure(options, loaded, settings, given)
+    profile = _measure(options, loaded, settings, schedule, given)
     try:
         profile.save(out)
     except OSError as error:
@@ -157,6 +161,24 @@ def _own_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
+def _schedule(options: argparse.Namespace) -> str:
+    """The one that was given, or the usual one; refuses one that nothing depends on."""
+    given: str | None = options.schedule
+    if given is not None and options.method == "profile" and options.speedup is None:
+        raise UsageError("--schedule does nothing with --method profile and a budget; leave it out, or give --speedup")
+    return given or USUAL_SCHEDULE
+
+
+def _check_steps(schedule: str, count: int | None) -> None:
+    """Refuses to search where the schedule skips nothing at any step: every error would be 0."""
+    from dit_accel.caching.profiling.schedule import computed_steps, schedule_of
+
+    if count is not None and len(computed_steps(schedule_of(schedule), count)) == count:
+        raise UsageError(
+            f"with {count} steps every block is computed at every step, so nothing can be measured; give more --steps"
+        )
+
+
 def _as_rendering(options: argparse.Namespace) -> argparse.Namespace:
     """What render would be told: the settings and checks of sampling are the same."""
     names = ("model", "negative_prompt", "steps", "seed", "frames", "height", "width", "guidance")
@@ -192,7 +214,9 @@ def _looks(at: tuple[int | float, ...] | None, count: int | None) -> dict[str, A
     return {"at": found}
 
 
-def _measure(options: argparse.Namespace, loaded: Loaded, settings: Settings, given: dict[str, Any]) -> BlockProfile:
+def _measure(
+    options: argparse.Namespace, loaded: Loaded, settings: Settings, schedule: str, given: dict[str, Any]
+) -> BlockProfile:
     from dit_accel.caching.profiling import SubjectWords, profile_blocks, search_blocks
     from dit_accel.caching.profiling.budget import Budget
 
@@ -201,13 +225,13 @@ def _measure(options: argparse.Namespace, loaded: Loaded, settings: Settings, gi
 
     with limited_threads(settings.threads), explained_errors():
         part = USUAL_BUDGET if options.budget is None else options.budget
-        size = part if options.speedup is None else Budget(speedup=options.speedup, schedule=options.schedule)
+        size = part if options.speedup is None else Budget(speedup=options.speedup, schedule=schedule)
         common: dict[str, Any] = {"steps": settings.steps, "budget": size, "seed": settings.seed, "tell": _tell}
         generate = _generator(loaded, settings, given.get("at"))
         call = {name: value for name, value in settings.call_arguments().items() if name != "prompt"}
         call.pop("num_inference_steps", None)
         if options.method == "search":
-            extra: dict[str, Any] = {"schedule": options.schedule, "generate": generate, **common, **given}
+            extra: dict[str, Any] = {"schedule": schedule, "generate": generate, **common, **given}
             return search_blocks(loaded.pipe, options.prompt, **extra, **call)
         words = given.pop("subject_tokens", None)
         mask = None if words is None else SubjectWords(words)

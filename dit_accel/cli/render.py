@@ -75,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.prompt.strip():
         raise UsageError('the prompt is empty; say what to show, such as "a red circle moving left on a ..."')
     targets = Targets.beside(options.output, options.compare, options.schedule_picture)
+    targets.check_sources(_files_read(options))
     targets.check(options.force)
     _require_encoder()
     record = _render(options, targets)
@@ -85,6 +86,12 @@ def run(options: argparse.Namespace) -> int:
 
         print(summarise(record))
     return 0
+
+
+def _files_read(options: argparse.Namespace) -> list[str | Path]:
+    """What names files to read, or may do so: any text among the settings of a cache."""
+    named = (options.profile, options.gates, *(value for _, value in options.cache_option or ()))
+    return [name for name in named if isinstance(name, (str, Path))]
 
 
 def _require_encoder() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import neighborhood
 from .errors import UsageError, one_line
+from .option import Option, option
 from .plain import plain
 from .values import amounts, grid, real, whole
 
@@ -22,6 +23,17 @@ AT_RUN_TIME = {  # methods without a plan before they run, and what their settin
     "learned_gate": "density keeps the part it is given; threshold keeps what the gate rates above it",
 }
 SUMMARY = "compute the exact density and the predicted speed-up of a sparse plan"
+USUAL: dict[str, Any] = {"decay": 0.2, "rule": "authors", "mask": "block", "no_sink": False}  # of radial
+OWN: dict[str, tuple[Option, ...]] = {  # by method, the options that no other one has
+    "radial": (
+        option("decay", f"decay factor (default: {USUAL['decay']})", type=real(0, above=True)),
+        option("rule", f"whose mask (default: {USUAL['rule']})", choices=["authors", "paper"]),
+        option("mask", f"of blocks or tokens (default: {USUAL['mask']})", choices=["block", "element"]),
+        option("no_sink", "do not keep the first frame for every query", action="store_true"),
+    ),
+    "vmoba": (option("top_k", "cells for each query, or three (3,20,15)", type=amounts, metavar="N"),),
+    "neighborhood": neighborhood.own_options(layers=False),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--grid", type=grid, required=True, metavar="FxHxW", help="video tokens, such as 18x48x80")
     parser.add_argument("--block", type=whole(1), default=128, help="tokens per block (default: 128)")
-    parser.add_argument("--decay", type=real(0, above=True), default=0.2, help="decay factor (default: 0.2)")
-    parser.add_argument("--rule", choices=["authors", "paper"], default="authors", help="(default: authors)")
-    parser.add_argument("--mask", choices=["block", "element"], default="block", help="(default: block)")
     parser.add_argument("--text", type=whole(0), default=0, help="text tokens after the video (default: 0)")
-    parser.add_argument("--top-k", type=amounts, metavar="N", help="vmoba: cells for each query, or three (3,20,15)")
-    parser.add_argument("--no-sink", action="store_true", help="do not keep the first frame for every query")
-    neighborhood.add_arguments(parser, layers=False)
+    for method, several in OWN.items():
+        for each in several:
+            each.add_to(parser, before=f"{method}: ")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -62,30 +71,48 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     """Builds the plan and asks the model of its cost.
 
     Raises:
-        UsageError: if the plan refuses the options, or the method has none before it runs.
+        UsageError: if the plan refuses the options, an option is another method's, or the method has no plan before
+            it runs.
     """
-    if options.method == "neighborhood":
-        return neighborhood.predict(options)
-    if options.method == "vmoba":
-        from .simulate_vmoba import predict as predict_vmoba
-
-        return predict_vmoba(options)
     if options.method in AT_RUN_TIME:
         raise UsageError(
             f"what {options.method} computes depends on the queries and keys of each call, so its density is known "
             f"only at run time ({AT_RUN_TIME[options.method]}); use dit-accel render --attention {options.method}, "
             "which reports it"
         )
+    _check_belonging(options)
+    if options.method == "neighborhood":
+        return neighborhood.predict(options)
+    if options.method == "vmoba":
+        from .simulate_vmoba import predict as predict_vmoba
+
+        return predict_vmoba(options)
+    return _predict_radial(options)
+
+
+def _check_belonging(options: argparse.Namespace) -> None:
+    """Refuses options that the method does not have."""
+    for method, several in OWN.items():
+        foreign = next((each for each in several if getattr(options, each.name) is not None), None)
+        if foreign is not None and method != options.method:
+            raise UsageError(
+                f"{foreign.flag} does nothing with --method {options.method}; leave it out, or choose {method}"
+            )
+
+
+def _predict_radial(options: argparse.Namespace) -> dict[str, Any]:
     from dit_accel.plan import simulate
     from dit_accel.plan.radial import radial_plan
 
-    settings = {
+    given = {name: value for name in USUAL if (value := getattr(options, name)) is not None}
+    chosen = USUAL | given
+    settings: dict[str, Any] = {
         "block": options.block,
-        "decay": options.decay,
-        "rule": options.rule,
-        "sink": not options.no_sink,
+        "decay": chosen["decay"],
+        "rule": chosen["rule"],
+        "sink": not chosen["no_sink"],
         "text_tokens": options.text,
-        "mask": options.mask,
+        "mask": chosen["mask"],
     }
     try:
         plan = radial_plan(options.grid, **settings)

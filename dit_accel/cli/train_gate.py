@@ -148,10 +148,20 @@ def _world_prompts(options: argparse.Namespace, info: Any) -> list[str]:
 
 
 def _check_family(model: Model) -> None:
+    """Refuses unknown models, and those whose attention hides padding, which gates cannot tell from other tokens."""
+    from dit_accel.families import Family
+
     try:
-        model.families()
+        families = model.families()
     except ValueError as error:
         raise UsageError(one_line(error)) from error
+    # The class has the default, by which there is no padding.
+    padded = [family.root_class for family in families if family.padding is not Family.padding]
+    if padded:
+        raise UsageError(
+            f"'{model.name}' is a {padded[0]}, which pads its text, and gates cannot tell padding from other tokens; "
+            "every other method runs on it"
+        )
 
 
 def _train(options: argparse.Namespace, loaded: Loaded, settings: Settings, prompts: list[str]) -> Gates:

@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
     loaded = load(model, settings, debug=options.debug)
     profile = _tune(options, loaded.pipe, settings, target, prompts, held_out)
     _write(profile, out)
+    _progress(out).unlink(missing_ok=True)
     print(json.dumps(profile.to_json(), allow_nan=False) if options.json else _summary(profile, out))
     return 0
 
@@ -212,9 +213,15 @@ def _tune(
             force=options.even_few_steps,
             beside=_beside(settings),
             tell=_tell,
+            progress=_progress(options.out),
             **wanted,
             **call,
         )
+
+
+def _progress(out: Path) -> Path:
+    """Where pairs are kept until the profile is written, so that the same command goes on after it was cut off."""
+    return out.expanduser().with_suffix(".tuning.jsonl")
 
 
 def _beside(settings: Settings) -> dict[str, Any] | None:
@@ -238,7 +245,7 @@ def _summary(profile: Profile, out: Path) -> str:
     if profile.candidates:
         lines += [f"noise floor: {_number(floor)} dB", *_table(profile.candidates)]
     lines += [f"alarm: {alarm}" for alarm in profile.alarms]
-    lines.append(f"{'off' if profile.is_off else 'chosen'}: {profile.reason}")
+    lines.append(f"{'off' if profile.is_off else 'chosen'}: {_as_options(profile.reason)}")
     return "\n".join([*lines, f"wrote {out}"])
 
 
@@ -270,4 +277,9 @@ def _number(value: float | str | None, digits: int = 2) -> str:
 
 
 def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(_as_options(message), file=sys.stderr, flush=True)
+
+
+def _as_options(text: str) -> str:
+    """What the library says of an argument of ``tune()``, said of the option that stands for it."""
+    return text.replace("force=True tunes all the same", "--even-few-steps tunes all the same")

@@ -97,8 +97,10 @@ class GateRecorder(AttentionControl):
         """Adds one call.
 
         Raises:
-            ValueError: if its tokens are not those of earlier calls, or some are padding, or there is no timestep.
+            ValueError: if its output is not finite, its tokens are not those of earlier calls, some of them are
+                padding, or there is no timestep.
         """
+        _check_finite(call, output)
         site = self._site(call)
         q, k = query.transpose(1, 2), key.transpose(1, 2)
         greatest, share = block_maps(q, k, self.block, rows=site.rows)
@@ -136,6 +138,12 @@ class GateRecorder(AttentionControl):
 def spread(count: int, parts: int) -> list[int]:
     """The middles of ``parts`` equal parts of ``count`` things; everything if there are not more."""
     return [int((part + 0.5) * count / parts) for part in range(parts)] if parts < count else [*range(count)]
+
+
+def _check_finite(call: AttentionCall, output: Tensor) -> None:
+    """Refuses what gates would learn nothing from; their training would blame the learning rate."""
+    if not torch.isfinite(output).all():
+        raise ValueError(f"{call.site.path} gave NaN or infinity at step {call.state.step}; try float32 or bfloat16")
 
 
 def _check_layout(layout: TokenLayout) -> None:

@@ -13,6 +13,7 @@ from .recorder import Record
 
 HARD_RATIO, HARD_ERROR = 2.0, 0.1  # a hard layer has twice the usual error, and a tenth of its output at least
 LEAST, MOST = 0.25, 4.0  # factors on budgets that are suggested
+NOTHING = 1e-9  # a mean density below which a layer was given nothing
 
 Curve = tuple[Sequence[float], Sequence[float]]  # densities, and the recall at each
 
@@ -143,7 +144,13 @@ def _head_budget(wanted: dict[int, list[list[float]]]) -> Record:
     if any(len({len(heads) for heads in sites}) > 1 for sites in wanted.values()):
         return {}
     rows = {layer: [fmean(column) for column in zip(*sites, strict=True)] for layer, sites in wanted.items()}
-    return {"head_budget": {layer: [_factor(head / fmean(row)) for head in row] for layer, row in rows.items()}}
+    return {"head_budget": {layer: _factors(row) for layer, row in rows.items()}}
+
+
+def _factors(row: Sequence[float]) -> list[float]:
+    """Of heads, over their mean; 1 for each where the layer was given nothing, which says nothing about its heads."""
+    mean = fmean(row)
+    return [1.0 if mean < NOTHING else _factor(head / mean) for head in row]
 
 
 def _factor(ratio: float) -> float:

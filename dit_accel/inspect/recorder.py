@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ CONCENTRATED = 0.8  # share of the mass in a head's heaviest fifth of blocks; wh
 class AttentionStatisticsRecorder(AttentionControl):
     """Measures self-attention and joint attention without keeping any map; see :func:`.call_statistics`.
 
-    It costs a few times what dense attention costs, and changes nothing.
+    It costs a few times what dense attention costs, and changes nothing. Padding at the end, which the model's mask
+    hides, is left out.
 
     Args:
         block: tokens per block.
@@ -56,7 +58,13 @@ class AttentionStatisticsRecorder(AttentionControl):
         return state.step in spread(state.steps, self.samples)
 
     def record(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-        """Adds the figures of one call."""
+        """Adds the figures of one call.
+
+        Raises:
+            ValueError: if its output is not finite.
+        """
+        call, (query, key, value, output) = without_padding(call, query, key, value, output)
+        _check_finite(call, output)
         where = (call.site.expert, call.site.path)
         self._layers[where] = (call, query.shape[1])
         measured = self.measure(call, query, key, value, output)
@@ -82,6 +90,24 @@ class AttentionStatisticsRecorder(AttentionControl):
             summarize(call.site, call.layout.grid, heads, self._calls[where], self.block)
             for where, (call, heads) in self._layers.items()
         ]
+
+
+def without_padding(call: AttentionCall, *parts: Tensor) -> tuple[AttentionCall, list[Tensor]]:
+    """A call as methods get it: without the padding at its end, which the model's mask hides from all other tokens.
+
+    Args:
+        call: where and when.
+        *parts: its tensors, ``[batch, heads, tokens, head_dim]`` each.
+    """
+    padding = call.layout.padding
+    if not padding:
+        return call, list(parts)
+    return replace(call, layout=replace(call.layout, padding=0)), [part[:, :, :-padding] for part in parts]
+
+
+def _check_finite(call: AttentionCall, output: Tensor) -> None:
+    if not torch.isfinite(output).all():
+        raise ValueError(f"{call.site.path} gave NaN or infinity at step {call.state.step}; try float32 or bfloat16")
 
 
 def spread(steps: int, samples: int) -> list[int]:

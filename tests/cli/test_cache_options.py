@@ -191,3 +191,66 @@ def test_a_profile_that_is_off_renders_dense_and_says_why(render: Command, tmp_p
         result = render("--profile", path, "--steps", 4)
     assert result.code == 0, result.err
     assert record_of(tmp_path)["acceleration"]["caches"] == []
+
+
+def test_the_schedule_of_a_profile_that_is_off_cannot_be_drawn(
+    render: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model is loaded."""
+    monkeypatch.delattr("diffusers.DiffusionPipeline.from_pretrained")
+    path = save_profile(tmp_path, 4, spec=None, reason="nothing was fast enough")
+    result = render("--profile", path, "--steps", 4, "--schedule-picture", tmp_path / "steps.svg")
+    assert result.code == 2
+    assert f"--schedule-picture: the profile '{path}' is off, so there is no schedule to draw" in result.err
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.json"]
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize("name", ["out.json", "link.json", "folder/../out.json"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--profile", "{}"),
+        ("--attention", "learned_gate", "--gates", "{}"),
+        ("--cache", "profiling", "--cache-option", "background={}"),
+    ],
+)
+def test_a_file_that_is_read_is_not_replaced(
+    render: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    name: str,
+    force: tuple[str, ...],
+) -> None:
+    """The record of ``out.mp4`` is ``out.json``."""
+    monkeypatch.delattr("diffusers.DiffusionPipeline.from_pretrained")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "out.json").write_text("mine")
+    (tmp_path / "link.json").symlink_to("out.json")
+    result = render(*(word.format(name) for word in words), *force)
+    assert result.code == 2
+    assert f"'{name}' is read by this command and would be replaced; choose another --output" in result.err
+    assert (tmp_path / "out.json").read_text() == "mine"
+    assert {file.name for file in tmp_path.iterdir()} == {"folder", "out.json", "link.json"}
+
+
+def test_a_picture_does_not_replace_what_is_read_either(render: Command, tmp_path: Path) -> None:
+    (tmp_path / "steps.svg").write_text("mine")
+    result = render("--gates", tmp_path / "steps.svg", "--schedule-picture", tmp_path / "steps.svg", "--force")
+    assert result.code == 2 and "choose another --schedule-picture" in result.err
+    assert (tmp_path / "steps.svg").read_text() == "mine"
+
+
+def test_compare_refuses_a_cache_that_cannot_act_before_it_renders(
+    render: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        pytest.fail("the model ran before the cache was refused")
+
+    for name in ("warm_up", "sample"):
+        monkeypatch.setattr(f"dit_accel.cli.jobs.{name}", fail)
+    result = render("--cache", "magcache", "--compare")
+    assert result.code == 2 and "no MagCache ratios were published for this WanTransformer3DModel" in result.err
+    assert not list(tmp_path.iterdir())

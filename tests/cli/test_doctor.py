@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from dit_accel.cli import doctor
+
 from .conftest import Command
 
 
@@ -81,3 +83,38 @@ def test_every_shipped_model_is_looked_for(
         "shapes-new": False,
     }
     assert not findings["healthy"]
+
+
+@pytest.mark.usefixtures("shipped_model")
+def test_a_device_that_runs_nothing_is_a_finding(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch knows no such device, so that tensors cannot even be put on it; the other device is fine."""
+    monkeypatch.setattr("dit_accel.cli.doctor._kinds", lambda: ["cpu", "warp"])
+    result = command("doctor", "--json")
+    findings = json.loads(result.out)
+    assert result.code == 3 and not findings["healthy"]
+    assert rows(findings)["gather"]["ok"]
+    (row,) = [row for row in findings["backends"] if row["device"] == "warp"]
+    assert not row["ok"] and row["detail"].startswith("RuntimeError: ")
+    assert any(line.startswith("warp all ") and "unusable" in line for line in command("doctor").out.splitlines())
+
+
+def test_a_gpu_that_does_not_say_what_it_is_is_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(index: int) -> None:
+        raise RuntimeError("the driver is\ntoo old")
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", broken)
+    assert "cuda:0 (RuntimeError: the driver is too old)" in doctor._devices()
+
+
+@pytest.mark.parametrize(
+    ("found", "works"),
+    [
+        ([], False),
+        ([("cpu", True), ("cpu", False)], True),
+        ([("cpu", True), ("cuda", False)], False),
+        ([("cpu", True), ("cuda", False), ("cuda", True)], True),
+    ],
+)
+def test_something_has_to_work_on_every_device(found: list[tuple[str, bool]], works: bool) -> None:
+    assert doctor._every_device_works([{"device": device, "ok": ok} for device, ok in found]) is works

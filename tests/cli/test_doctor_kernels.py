@@ -120,3 +120,31 @@ def test_triton_shows_its_launch_configurations() -> None:
     assert found["triton:pointer"]["ok"] and found["triton:tma"]["ok"]
     assert found["triton:tma"]["configuration"]["16 bit, head dim 128"] == "128 queries x 128 keys, 4 warps, 2 stages"
     assert not found["triton:gluon"]["ok"] and "cannot be interpreted" in found["triton:gluon"]["reason"]
+
+
+def test_a_device_that_runs_nothing_is_a_finding(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch knows no such device, so that tensors cannot even be put on it; the other device is fine."""
+    monkeypatch.setattr("dit_accel.cli.doctor._kinds", lambda: ["cpu", "warp"])
+    result = command("doctor", "--kernels", "--json")
+    findings = json.loads(result.out)
+    assert result.code == 3 and not findings["healthy"]
+    found = {row["backend"]: row for row in findings["kernels"] if row["device"] == "warp"}
+    assert tuple(found) == BACKENDS
+    for row in found.values():
+        assert not row["accepted"] and not row["ok"] and row["reason"].startswith("RuntimeError: ")
+        assert all(check["detail"] == row["reason"] for check in row["checks"])
+    assert findings["auto"]["warp"]["backend"] == "none" and findings["auto"]["cpu"]["backend"] == "gather"
+    assert not any(row["ok"] for row in findings["variants"] if row["device"] == "warp")
+    assert "auto on warp   none: RuntimeError: " in command("doctor", "--kernels").out
+
+
+def test_what_fails_after_the_checks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> str:
+        raise RuntimeError("an illegal memory access\nwas encountered")
+
+    monkeypatch.setattr(kernel_check, "_pointer_tile", broken)
+    monkeypatch.setattr("dit_accel.kernels.support.check", broken)
+    reason = "RuntimeError: an illegal memory access was encountered"
+    assert kernel_check._configuration("triton", "cuda") == {"unknown": reason}
+    row = kernel_check._variant("pointer", "cuda")
+    assert (row["variant"], row["ok"], row["reason"], row["configuration"]) == ("triton:pointer", False, reason, {})

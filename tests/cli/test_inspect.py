@@ -179,3 +179,27 @@ def test_a_report_that_fails_leaves_nothing(inspect: Command, tmp_path: Path, mo
     result = inspect()
     assert result.code == 3 and "the disk is full" in result.err
     assert not list(tmp_path.iterdir())
+
+
+def test_nan_is_named(inspect: Command, broken_model: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = broken_model / "transformer/diffusion_pytorch_model.safetensors"
+    weights, name = load_file(path), "blocks.0.attn1.to_v.weight"
+    weights[name] = torch.full_like(weights[name], float("nan"))
+    save_file(weights, path)
+    result = inspect("--model", broken_model, "--at", 0)
+    assert result.code == 2, result.err
+    assert "blocks.0.attn1 gave NaN or infinity at step 0; try float32 or bfloat16" in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_report_has_the_threads_of_the_run(inspect: Command, tmp_path: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    result = inspect("--threads", before + 1, "--device", "cpu")
+    assert result.code == 0, result.err
+    assert report_of(tmp_path / "out")["environment"]["machine"].endswith(f", {before + 1} threads")
+    assert torch.get_num_threads() == before

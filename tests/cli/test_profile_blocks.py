@@ -82,6 +82,17 @@ def test_a_speed_up_is_a_budget(command: Command, tiny_wan_folder: Path, tmp_pat
     assert result.code == 2 and "at most" in result.err
 
 
+def test_a_speed_up_depends_on_the_schedule(command: Command, tiny_wan_folder: Path, tmp_path: Path) -> None:
+    """Of 13 steps the uniform schedule reuses 5 and the shrinking one 6."""
+    words = ("--prompt", "a cat", "--out", tmp_path / "blocks.json", "--model", tiny_wan_folder, *SMALL)
+    often = (*words, "--steps", 13, "--at", 0, "--speedup", 1.7)
+    result = command("profile-blocks", *often)
+    assert result.code == 2 and "at most 1.625" in result.err
+    result = command("profile-blocks", *often, "--schedule", "shrinking")
+    assert result.code == 0, result.err
+    assert len(load_profile(tmp_path / "blocks.json").blocks) == 2
+
+
 @pytest.fixture
 def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -105,6 +116,10 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--trials", "3"], ["--trials", "choose search"]),
         (["--method", "search", "--rows", "3"], ["--rows", "choose profile"]),
         (["--method", "guess"], ["profile", "search"]),
+        (["--schedule", "shrinking"], ["--schedule does nothing with --method profile and a budget", "--speedup"]),
+        (["--method", "search"], ["with 3 steps every block is computed at every step", "give more --steps"]),
+        (["--method", "search", "--steps", "7", "--schedule", "shrinking"], ["with 7 steps every block"]),
+        (["--method", "search", "--steps", "7", "--trials", "0"], ["with 7 steps every block"]),
         (["--prompt", " "], ["empty"]),
         (["--frames", "10"], ["use 9 or 13"]),
         (["--model", "nothing"], ["nothing", "shapes-wan"]),

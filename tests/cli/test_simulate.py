@@ -111,3 +111,35 @@ def test_vmoba_is_predicted_from_numbers_of_cells(command: Command) -> None:
     assert found["cubes_cell"] == "4x6x4" and found["predicted_speedup"] == pytest.approx(0.85 * 3 / sum(parts))
     assert "--top-k 3,20,15" in command(*words).err
     assert "whole number of cells" in command(*words, "--top-k", "0.5").err
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "method", "owner"),
+    [
+        (["--window", 0.3], "--window", "radial", "neighborhood"),
+        (["--snap"], "--snap", "radial", "neighborhood"),
+        (["--top-k", 3], "--top-k", "radial", "vmoba"),
+        (["--method", "neighborhood", "--decay", 0.2], "--decay", "neighborhood", "radial"),
+        (["--method", "neighborhood", "--no-sink"], "--no-sink", "neighborhood", "radial"),
+        (["--method", "neighborhood", "--top-k", 3], "--top-k", "neighborhood", "vmoba"),
+        (["--method", "vmoba", "--top-k", 3, "--rule", "authors"], "--rule", "vmoba", "radial"),
+        (["--method", "vmoba", "--top-k", 3, "--mask", "block"], "--mask", "vmoba", "radial"),
+        (["--method", "vmoba", "--top-k", 3, "--tile", "1x8x8"], "--tile", "vmoba", "neighborhood"),
+    ],
+)
+def test_options_of_other_methods_are_refused(
+    command: Command, words: list[object], flag: str, method: str, owner: str
+) -> None:
+    result = command("simulate", "--grid", "9x16x16", *words)
+    assert result.code == 2 and result.out == ""
+    assert f"{flag} does nothing with --method {method}; leave it out, or choose {owner}" in result.err
+
+
+def test_what_is_not_given_is_as_the_help_says(command: Command) -> None:
+    said = " ".join(command("simulate", "--help").out.split())
+    for words in ("radial: decay factor (default: 0.2)", "(default: authors)", "(default: block)", "(default: 0.6)"):
+        assert words in said
+    plain = command("simulate", "--grid", "9x16x16", "--json").out
+    usual = ("--decay", 0.2, "--rule", "authors", "--mask", "block", "--block", 128, "--text", 0)
+    assert command("simulate", "--grid", "9x16x16", *usual, "--json").out == plain
+    assert json.loads(plain)["sink"] is True

@@ -106,6 +106,18 @@ def test_other_models_need_prompts(command: Command, tiny_wan_folder: Path, tmp_
     assert result.code == 2 and "--prompt-file" in result.err
 
 
+@pytest.mark.usefixtures("no_loading")
+def test_models_that_pad_their_text_are_refused(train: Command, tmp_path: Path) -> None:
+    (tmp_path / "model" / "transformer").mkdir(parents=True)
+    root = "HunyuanVideoTransformer3DModel"
+    index = {"_class_name": "HunyuanVideoPipeline", "transformer": ["diffusers", root]}
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    result = train("--model", tmp_path / "model")
+    assert result.code == 2 and result.err.count("\n") == 1, result.err
+    assert f"is a {root}, which pads its text" in result.err
+    assert not (tmp_path / "gates.safetensors").exists()
+
+
 @pytest.mark.usefixtures("no_loading", "shipped_model")
 def test_shapes_models_know_their_sentences(train: Command) -> None:
     result = train("--model", "shapes-wan")

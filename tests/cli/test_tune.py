@@ -49,9 +49,34 @@ def test_it_writes_a_profile_and_says_what_was_chosen_and_why(tune: Command, tmp
     assert again.code == 2 and "--force" in again.err
 
 
+def test_what_was_interrupted_goes_on(tune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_accel.quality.pairs import Bench, Pair
+
+    stock, kept = Bench.pair, tmp_path / "profile.tuning.jsonl"
+
+    def pair(self: Bench, *given: Any, **named: Any) -> Pair:
+        if self.runs["cached"] == 3:
+            raise KeyboardInterrupt
+        return stock(self, *given, **named)
+
+    words = ("--target-psnr", 25, "--worst-only", "--min-speed-up", 0.01)
+    with monkeypatch.context() as cut:
+        cut.setattr(Bench, "pair", pair)
+        assert tune(*words).code == 130
+    assert len(kept.read_text().splitlines()) == 1 + 3 and list(tmp_path.glob("*.json")) == []
+    refused = tune(*words, "--seed", 4)
+    assert refused.code == 2 and "seed was 3, is 4" in refused.err and kept.exists()
+    result = tune(*words)
+    assert result.code == 0 and "which has 3; the same call goes on" in result.err
+    assert load_profile(tmp_path / "profile.json").settings["generations"]["cached"] > 0
+    assert not kept.exists()
+
+
 def test_off_is_said_aloud_once(tune: Command, tmp_path: Path) -> None:
     result = tune("--target-ssim", 0.9, "--steps", 4)
     assert result.code == 0 and "off: 4 steps are too few" in result.out and "too few" in result.err
+    for said in (result.out, result.err):
+        assert "--even-few-steps tunes all the same" in said and "force=True" not in said
     assert load_profile(tmp_path / "profile.json").is_off
 
 

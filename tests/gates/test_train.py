@@ -96,6 +96,19 @@ def test_what_cannot_be_recorded(layout: TokenLayout, timestep: float | None, me
         recorder.record(call_at(0, layout, timestep), tokens, tokens, tokens, tokens)
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_an_output_that_is_not_finite_is_named(value: float) -> None:
+    """Training would go wrong later, and blame the learning rate."""
+    layout, recorder = TokenLayout.video_only((1, 2, 4)), GateRecorder(4)
+    tokens = torch.randn(1, 1, layout.length, 2)
+    output = tokens.clone()
+    output[0, 0, 3, 1] = value
+    message = r"blocks\.0\.attn1 gave NaN or infinity at step 2; try float32 or bfloat16"
+    with pytest.raises(ValueError, match=message):
+        recorder.record(call_at(2, layout), tokens, tokens, tokens, output)
+    assert recorder.sites == {}
+
+
 @pytest.mark.parametrize("settings", [{"block": 0}, {"samples": 0}, {"rows": -1}])
 def test_a_recorder_wants_whole_numbers(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="at least 1"):

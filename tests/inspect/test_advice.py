@@ -70,6 +70,16 @@ def test_a_suggestion_is_what_the_method_takes():
     assert recipe.settings()["density"] == suggestion["density"]
 
 
+def test_heads_of_a_layer_that_gets_nothing_are_alike():
+    """Half of one layer holds all of its attention, which uses up a quarter of both."""
+    errors = {"compensated": (0.1, 0.1)}
+    layers = [layer(0, errors, recall={"0.5": [1.0, 1.0]}), layer(1, errors, recall={"0.5": [0.5, 0.5]})]
+    suggestion = dict(advise(layers, tried("compensated"))["suggestion"])
+    assert suggestion["schedule"]["layer_budget"] == {0: 2.0, 1: 0.25}
+    assert suggestion["schedule"]["head_budget"] == {0: [1.0, 1.0], 1: [1.0, 1.0]}
+    processor_by_name(suggestion.pop("attention"), **suggestion)
+
+
 def test_methods_whose_heads_share_a_plan_get_no_budget_by_head():
     layers = [layer(n, {"radial": (0.1, 0.1)}, densities={"radial": [0.8, 0.8]}) for n in range(2)]
     candidate = Candidate("radial", 0.8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dit_accel.inspect import InspectionRecorder
 from dit_accel.inspect.inspection import best_methods
 from dit_accel.inspect.methods import Candidate
 
+from ..seams.conftest import build_video_subject
 from .oracle import call_for, places, softmax, vectors, video
 
 GRID = (6, 4, 8)
@@ -145,6 +147,51 @@ def test_attention_that_is_not_plain_softmax_is_noticed():
     causal = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
     recorder.record(call_for(video(GRID)), query, query, query, causal)
     assert recorder.by_layer()[0]["unlike"] > 0.2
+
+
+def test_padding_is_as_if_it_were_not_there():
+    layout = video((2, 4, 8), after=5)
+    tensors = [torch.randn(1, 2, layout.length + 3, 8) for _ in range(3)]
+    seen = [part[:, :, :-3] for part in tensors]
+    output = torch.nn.functional.scaled_dot_product_attention(*seen)
+    padded = torch.nn.functional.pad(output, (0, 0, 0, 3))
+
+    def recorded(layout, *tensors):
+        recorder = InspectionRecorder([3], [Candidate("compensated", 0.5)], blocks=(4,))
+        recorder.record(call_for(layout), *tensors)
+        return recorder.by_layer()
+
+    layers = recorded(replace(layout, padding=3), *tensors, padded)
+    assert layers == recorded(layout, *seen, output)
+    assert layers[0]["text_tokens"] == 5 and layers[0]["unlike"] < 1e-3
+    assert layers[0]["refused"] == {} and layers[0]["methods"].keys() == {"compensated"}
+    share = softmax(seen[0], seen[1])[0, :, :64, 64:].sum(-1).mean(-1)
+    assert layers[0]["shares"]["text"] == pytest.approx(share.tolist(), abs=1e-3)
+
+
+def test_the_padding_of_hunyuanvideo_is_left_out():
+    """The last three of its ten text tokens, which the mask of the model hides from all others."""
+    subject, names = build_video_subject("hunyuan"), ("radial", "block_routing", "compensated")
+    recorder = InspectionRecorder([0], [Candidate(name, 0.5) for name in names], blocks=(4,))
+    with dit_accel.accelerate(subject.pipe, controls=[recorder]):
+        subject.run(height=96, width=128, num_inference_steps=1)
+    layers = recorder.by_layer()
+    assert [(layer["tokens"], layer["text_tokens"]) for layer in layers] == [(144, 7)] * 3
+    for layer in layers:
+        assert layer["methods"].keys() == set(names) and layer["refused"] == {}
+        assert layer["unlike"] < 1e-3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_output_that_is_not_finite_is_named(value):
+    query = torch.randn(1, 2, TOKENS, 8)
+    output = query.clone()
+    output[0, 1, 5, 3] = value
+    recorder = InspectionRecorder([3], blocks=(4,))
+    message = r"blocks\.0\.attn1 gave NaN or infinity at step 3; try float32 or bfloat16"
+    with pytest.raises(ValueError, match=message):
+        recorder.record(call_for(video(GRID)), query, query, query, output)
+    assert recorder.by_layer() == []
 
 
 def test_calls_are_averaged_and_steps_are_chosen():

@@ -131,6 +131,13 @@ def test_hard_layers_are_named(inspected):
     assert "Layers 0, 1 stay hard, with an error of up to 60%: keep them dense." in sentences(report)
 
 
+def test_what_makes_a_layer_hard_is_said_where_none_is(inspected):
+    report = copy.deepcopy(inspected[0])
+    report["advice"] |= {"hard_layers": [], "error_by_layer": {"0": 0.01, "1": 0.09}}
+    (said,) = [sentence for sentence in sentences(report) if sentence.startswith("No layer stands out as hard")]
+    assert "both twice the usual error and more than 10% of its output" in said
+
+
 def test_sections_can_be_reached(inspected):
     reader = Reader(report_page(*inspected))
     anchors = [section["id"] for section in reader.all("section")]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
+from ..advice import HARD_ERROR
 from ..inspection import UNLIKE
 from ..recorder import Record
 from .layout import breakable
@@ -167,7 +168,8 @@ def _hard(report: Record) -> list[str]:
     if advice["method"] is None:
         return []
     if not advice["hard_layers"]:
-        return ["No layer stands out as hard: none has twice the usual error."]
+        both = f"both twice the usual error and more than {HARD_ERROR:.0%} of its output"
+        return [f"No layer stands out as hard: none is off by {both}."]
     layers = ", ".join(str(layer) for layer in advice["hard_layers"])
     worst = max(advice["error_by_layer"].values())
     if len(advice["hard_layers"]) == 1:
