@@ -72,7 +72,7 @@ def attend(
         return_lse: Also return the log-sum-exp of the scaled scores.
         backend: "auto" (Triton on a GPU, gather elsewhere) or one of `BACKENDS`; "flex" and "xformers" only if named.
             "triton:pointer", "triton:tma" or "triton:gluon" asks for a variant of the Triton kernel.  What is named
-            runs or raises.
+            runs or raises; "auto" first copies tensors on a GPU whose head dimension is not contiguous.
 
     Returns:
         `out`, shape and dtype of q; with `return_lse` `(out, lse)`, lse float32 `[B, H, q_len]` in natural log.  A
@@ -91,6 +91,8 @@ def attend(
     if residual is not None:
         check_residual(residual, k, plan)
     q, k, v = permuted(q, plan.order), permuted(k, plan.key_order), permuted(v, plan.key_order)
+    if backend == "auto":
+        q, k, v = _readable(q), _readable(k), _readable(v)
     test = encode(plan.pair_test)
     out, lse = block_sparse_attention(
         q,
@@ -114,7 +116,7 @@ def attend(
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, *, residual: Residual | None = None) -> list[Support]:
-    """Says for every backend whether it can run this call, and why (not).
+    """Says for every backend whether it can run this call if it is named, and why (not).
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit, whatever the backend.
@@ -123,8 +125,10 @@ def explain(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, *, residual: Resi
     _check_plan(q, k, plan)
     if residual is not None:
         check_residual(residual, k, plan)
-    all_full = plan.pair_test is None and residual is None
-    call = Call.of(q, k, v, plan.block_q, plan.block_kv, all_full=all_full)
+    partial = plan.pair_test is not None
+    all_full = not partial and residual is None
+    read = _as_read(q, plan.order), _as_read(k, plan.key_order), _as_read(v, plan.key_order)
+    call = Call.of(*read, plan.block_q, plan.block_kv, all_full=all_full, partial=partial)
     return [check(backend, call) for backend in BACKENDS]
 
 
@@ -133,7 +137,18 @@ def choose_backend(device_type: str, dtype: torch.dtype, head_dim: int, plan: Sp
     facts = (device_type, dtype, head_dim, plan.block_q, plan.block_kv)
     # A plan made elsewhere, such as on the CPU, leaves open which GPU it is for.
     index = plan.device.index if plan.device.type == device_type else None
-    return choose(Call(*facts, all_full=plan.pair_test is None, device_index=index))
+    partial = plan.pair_test is not None
+    return choose(Call(*facts, all_full=not partial, device_index=index, partial=partial))
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x, or on a GPU a copy whose head dimension is contiguous: it costs little beside attention without Triton."""
+    return x.contiguous() if x.device.type == "cuda" and x.stride(-1) != 1 else x
+
+
+def _as_read(x: Tensor, order: Tensor | None) -> Tensor:
+    """What a backend reads in the place of x, as far as strides tell: a permuted tensor is another one."""
+    return x if order is None else x.new_empty(x.shape)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Bits of one word.
 WORD_BITS = 32
+# Words whose bits are counted at a time, unless one entry has more; each takes about thirty bytes meanwhile.
+_COUNT_WORDS = {"cpu": 1 << 17, "other": 1 << 22}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,13 +97,31 @@ class Bitmap:
             int64 `[B|1, H|1, NQ, NK]` on the device of `slots`.
         """
         slots = self.slots.long()
-        bits = _unpack(self.words, self.block_kv)
-        counts = bits.sum((1, 2))[slots]
         tail_q, tail_kv = q_len - (slots.shape[2] - 1) * block_q, kv_len - (slots.shape[3] - 1) * block_kv
-        counts[..., -1, :] = bits[:, :tail_q].sum((1, 2))[slots[..., -1, :]]
-        counts[..., -1] = bits[:, :, :tail_kv].sum((1, 2))[slots[..., -1]]
-        counts[..., -1, -1] = bits[:, :tail_q, :tail_kv].sum((1, 2))[slots[..., -1, -1]]
+        whole, above = self._set_bits(block_kv, tail_q)
+        counts = whole[slots]
+        counts[..., -1, :] = above[slots[..., -1, :]]
+        if tail_kv < block_kv:
+            whole, above = self._set_bits(tail_kv, tail_q)
+        counts[..., -1] = whole[slots[..., -1]]
+        counts[..., -1, -1] = above[slots[..., -1, -1]]
         return counts
+
+    def _set_bits(self, columns: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Counts the bits that each entry has set in its first columns: in all of its rows, and in the first `rows`.
+
+        Returns:
+            int64 `[entries]`, both.
+        """
+        device = self.words.device
+        inside = _pack(torch.arange(self.words.shape[2] * WORD_BITS, device=device) < columns)
+        step = max(1, _COUNT_WORDS["cpu" if device.type == "cpu" else "other"] // (self.block_q * self.words.shape[2]))
+        whole, above = [], []
+        for words in self.words.split(step):
+            per_row = _bit_counts(words & inside).sum(-1)
+            whole.append(per_row.sum(-1))
+            above.append(per_row[:, :rows].sum(-1))
+        return torch.cat(whole), torch.cat(above)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors it holds."""
@@ -135,10 +155,16 @@ def _pack(bits: Tensor) -> Tensor:
     return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
 
 
-def _unpack(words: Tensor, columns: int) -> Tensor:
-    """The inverse of `_pack`."""
-    shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=words.device)
-    return ((words[..., None] >> shifts) & 1 != 0).flatten(-2)[..., :columns]
+def _bit_counts(words: Tensor) -> Tensor:
+    """How many bits each int32 word has set, int32: neighbors are added up, in twos, fours, eights and so on.
+
+    Shifts to the right fill up with the sign, which the masks take away again.
+    """
+    words = words - ((words >> 1) & 0x55555555)
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
+    words = words + (words >> 8)
+    return (words + (words >> 16)) & 0x3F
 
 
 def check_element_mask(mask: Tensor, block_q: int, block_kv: int) -> None:

@@ -16,6 +16,7 @@ from .backward import BackwardInputs, Gradients, reference_backward
 from .gather.backward import gather_backward
 from .gather.forward import gather_attention
 from .pair_tests import decode
+from .precision import in_full_precision
 from .reference import reference_attention
 from .residual import Residual
 from .residual_attention import add_residual, centroid_backward, rounded
@@ -45,6 +46,7 @@ _BACKWARD_SCHEMA = (
 
 
 @torch.library.custom_op("dit_accel::block_sparse_attention", mutates_args=(), schema=_SCHEMA)
+@in_full_precision
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -131,12 +133,15 @@ def _plan(
     block_kv: int,
 ) -> SparsePlan:
     test = decode(test_kind, test_table, test_lookup, test_numbers)
+    # A plan without a test has its lists in order already, and one tensor for both counts says so.
+    full_counts = counts if test is None else full_counts
     return SparsePlan(q.shape[2], k.shape[2], block_q, block_kv, indices, counts, full_counts, _UNCOUNTED, test)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, residual: Residual | None) -> Call:
-    all_full = plan.pair_test is None and residual is None
-    return Call.of(q, k, v, plan.block_q, plan.block_kv, all_full=all_full)
+    partial = plan.pair_test is not None
+    all_full = not partial and residual is None
+    return Call.of(q, k, v, plan.block_q, plan.block_kv, all_full=all_full, partial=partial)
 
 
 def _settled(backend: str, call: Call) -> Support:
@@ -170,6 +175,7 @@ def _(
 
 
 @torch.library.custom_op("dit_accel::block_sparse_attention_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
+@in_full_precision
 def block_sparse_attention_backward(
     grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, need_q: bool, need_kv: bool, *arguments: Any
 ) -> tuple[Tensor, ...]:

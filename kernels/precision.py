@@ -1,4 +1,4 @@
-"""Searches in full precision: what they compare differs by little, and autocast would round it to 16 bits."""
+"""Full precision where autocast would round to 16 bits: in searches, whose scores differ little, and in operators."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def in_full_precision(search: Callable[P, R]) -> Callable[P, R]:
+def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Makes a function whose first argument is a tensor deaf to autocast; for what compiled code does not look into.
 
-    Its inputs are taken as they are, so it should turn them into float32 itself.
+    Its inputs are taken as they are, so it should turn into float32 itself what needs it.
     """
 
-    @functools.wraps(search)
+    @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
-        if not torch.amp.is_autocast_available(first.device.type):  # such as on the meta device
-            return search(*args, **kwargs)
-        with torch.autocast(first.device.type, enabled=False):
-            return search(*args, **kwargs)
+        kind = first.device.type
+        # Devices such as meta have none, and may not be asked whether it is on.
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return function(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(*args, **kwargs)
 
     return run

@@ -30,7 +30,7 @@ def reference_attention(
     """
     batch, heads = q.shape[:2]
     mask = plan.element_mask().expand(batch, heads, -1, -1)
-    bias = torch.zeros(k.shape[2], device=k.device)
+    bias = torch.zeros(k.shape[2], dtype=torch.float32, device=k.device)
     if residual is not None:
         centroids = Centroids.of(residual)
         k, v = torch.cat((k.float(), centroids.keys), 2), torch.cat((v.float(), centroids.values), 2)

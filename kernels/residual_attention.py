@@ -106,7 +106,8 @@ def centroid_backward(inputs: BackwardInputs, residual: Residual, plan: SparsePl
     centroids = Centroids.of(residual)
     delta = softmax_delta(inputs.out, inputs.lse, inputs.grad_out, inputs.grad_lse)
     grad_q = torch.zeros(inputs.q.shape, dtype=torch.float32, device=inputs.q.device)
-    grad_k, grad_v = (torch.zeros(x.shape, device=x.device) for x in (residual.k_mean, residual.v_sum))
+    means = residual.k_mean, residual.v_sum
+    grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in means)
     for part, listed in _strips(inputs.q, plan):
         q, grad_out = inputs.q[:, :, part].float(), inputs.grad_out[:, :, part].float()
         scores = _scores(q, centroids, listed, scale)

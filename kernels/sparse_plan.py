@@ -49,7 +49,8 @@ class SparsePlan:
         counts: int32 `[B|1, H|1, NQ]`, listed blocks of each row.
         full_counts: int32, same shape, how many of them are FULL (no element test).
         stats: Density and origin.
-        pair_test: Element test of the PARTIAL blocks, for plan positions.  None: every listed block is FULL.
+        pair_test: Element test of the PARTIAL blocks, for plan positions.  None: every listed block is FULL, and
+            `full_counts` becomes `counts` itself, with all blocks of a row ascending.
         order: int64 `[N]`, or `[B|1, H|1, N]` where heads differ, or None.  Plan position p holds token
             `order[..., p]`; for queries, and for keys unless these have an order of their own.
         kv_order: int64 `[kv_len]` or `[B|1, H|1, kv_len]`, likewise for keys alone.  None: that of the queries.
@@ -79,6 +80,18 @@ class SparsePlan:
         _check_ranges("always_kv", self.always_kv, self.kv_len)
         if self.pair_test is not None:
             _check_pair_test(self, self.pair_test)
+        elif self.full_counts is not self.counts:
+            self._list_all_as_full()
+
+    def _list_all_as_full(self) -> None:
+        """Makes blocks FULL that a pair test once made PARTIAL: they ascend with the others, a short one at the end.
+
+        Backends cut the last listed block of a row where the keys end, and no other.
+        """
+        used = torch.arange(self.indices.shape[-1], device=self.device) < self.counts[..., None]
+        ordered = torch.where(used, self.indices, self.num_kv_blocks).sort(dim=-1).values
+        object.__setattr__(self, "indices", torch.where(used, ordered, 0))
+        object.__setattr__(self, "full_counts", self.counts)
 
     @property
     def num_q_blocks(self) -> int:
@@ -117,11 +130,12 @@ class SparsePlan:
         """Copies the plan to `device`; returns itself if it is there already."""
         if torch.device(device) == self.device:
             return self
+        counts = self.counts.to(device)
         return replace(
             self,
             indices=self.indices.to(device),
-            counts=self.counts.to(device),
-            full_counts=self.full_counts.to(device),
+            counts=counts,
+            full_counts=counts if self.full_counts is self.counts else self.full_counts.to(device),
             pair_test=None if self.pair_test is None else self.pair_test.to(device),
             order=None if self.order is None else self.order.to(device),
             kv_order=None if self.kv_order is None else self.kv_order.to(device),

@@ -58,6 +58,7 @@ class Call:
         aligned: Whether Hopper's tensor descriptors can read them, see `fits_descriptors`.
         all_full: Whether every listed block is attended to in full: no pair test and no residual.
         device_index: Which of the devices; None for the current one.
+        partial: Whether the plan has a pair test, so that blocks may be kept in part.
     """
 
     device_type: str
@@ -69,14 +70,25 @@ class Call:
     aligned: bool = True
     all_full: bool = True
     device_index: int | None = None
+    partial: bool = False
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, block_q: int, block_kv: int, *, all_full: bool = True) -> Call:
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_q: int,
+        block_kv: int,
+        *,
+        all_full: bool = True,
+        partial: bool = False,
+    ) -> Call:
         """Reads the facts off the tensors of a call."""
         contiguous = all(t.stride(-1) == 1 for t in (q, k, v))
         aligned = all(fits_descriptors(t) for t in (q, k, v))
         facts = (q.device.type, q.dtype, q.shape[-1], block_q, block_kv, contiguous, aligned, all_full)
-        return cls(*facts, q.device.index)
+        return cls(*facts, q.device.index, partial)
 
 
 @cache
@@ -172,11 +184,21 @@ def _check_flex(call: Call) -> Support:
     return Support("flex", obstacle is None, obstacle or how)
 
 
-def _check_xformers(call: Call) -> Support:
+def _no_xformers(call: Call) -> str | None:
+    """Says what keeps xformers from running the call, or None."""
     # The question costs an import and a tiny call, which most programs never need.
     from .xformers.probe import xformers_problem
 
-    obstacle = xformers_problem(call.device_type, call.dtype, call.head_dim)
+    facts, index = (call.device_type, call.dtype, call.head_dim), call.device_index
+    if (problem := xformers_problem(*facts, device_index=index)) is not None:
+        return problem
+    if not call.partial or (problem := xformers_problem(*facts, bias=True, device_index=index)) is None:
+        return None
+    return f"the plan has partial blocks, which need a bias, but {problem}, or build block-aligned plans"
+
+
+def _check_xformers(call: Call) -> Support:
+    obstacle = _no_xformers(call)
     return Support("xformers", obstacle is None, obstacle or "xformers on gathered blocks; runs only if named")
 
 

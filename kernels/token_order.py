@@ -164,7 +164,11 @@ def plan_in_order(plan: SparsePlan, order: Tensor) -> SparsePlan:
             f"The plan is for {plan.q_len} queries and {plan.kv_len} keys, but the order permutes {order.numel()} "
             "tokens. Only self-attention over all permuted tokens can be planned in their order."
         )
-    order = order.to(plan.device)
+    with torch.inference_mode(False):  # the plan is kept, and may be used in training later
+        return _moved(plan, order.to(plan.device))
+
+
+def _moved(plan: SparsePlan, order: Tensor) -> SparsePlan:
     positions = inverse_order(order)
     if plan.kv_order is not None:
         q_order = positions if plan.order is None else positions[plan.order]

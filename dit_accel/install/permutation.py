@@ -67,14 +67,21 @@ class TokenPermutation(BlockHook):
         """
         key = (layout, device)
         if key not in self._orders:
-            order = self.order_for(layout)
-            if order is not None:
-                _check(order, layout)
-                order = order.to(device)
+            order = self._made(layout, device)
             while len(self._orders) >= _ORDERS_KEPT:
                 self._orders.pop(next(iter(self._orders)))
             self._orders[key] = order
         return self._orders[key]
+
+    def _made(self, layout: TokenLayout, device: torch.device) -> torch.Tensor | None:
+        with torch.inference_mode(False):  # what is kept may be used in training later
+            order = self.order_for(layout)
+            if order is None:
+                return None
+            if order.is_inference():  # made before, by somebody else
+                order = order.clone()
+            _check(order, layout)
+            return order.to(device)
 
 
 class PermutedStack:
@@ -110,7 +117,8 @@ class PermutedStack:
         self._attach()
         order = self._permutation.order(layout, device)
         if order is not self._order:
-            self._inverse = None if order is None else inverse_order(order)
+            with torch.inference_mode(False):  # a plain tensor, as the order is
+                self._inverse = None if order is None else inverse_order(order)
         self._order = order
         return replace(layout, order=order)
 

@@ -203,7 +203,7 @@ def draw_destinations(grid: Grid, cell: Grid, generator: torch.Generator | None,
         offset = torch.zeros_like(chosen)
         if generator is not None:
             room = (grid[axis] - corner).clamp(max=cell[axis])
-            drawn = torch.rand(chosen.shape, generator=generator, device=where)
+            drawn = torch.rand(chosen.shape, generator=generator, dtype=torch.float32, device=where)
             # The product may round up to the whole side.
             offset = torch.minimum((drawn * room).long(), room - 1)
         chosen = chosen * grid[axis] + corner + offset

@@ -98,7 +98,8 @@ def _assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tokens = part.float()
         nearest = (offset - tokens @ centroids.transpose(-1, -2)).argmin(-1)
         # Added up by a product rather than by atomics, whose order may differ from run to run.
-        member = torch.zeros(*nearest.shape, centroids.shape[2], device=x.device).scatter_(-1, nearest[..., None], 1.0)
+        member = torch.zeros(*nearest.shape, centroids.shape[2], dtype=torch.float32, device=x.device)
+        member.scatter_(-1, nearest[..., None], 1.0)
         sums += member.transpose(-1, -2) @ tokens
         sizes += member.sum(2)
         labels.append(nearest)

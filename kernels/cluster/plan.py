@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..bitmap import Bitmap
+from ..bitmap import WORD_BITS, Bitmap
 from ..precision import in_full_precision
 from ..search.cells import packed_words
 from ..search.inputs import check_search, softmax_scale
@@ -26,7 +26,7 @@ from .kmeans import Clusters, chained, kmeans
 
 Centroids = tuple[Tensor, Tensor]
 
-# What the bitmaps of "exact" may take, in bytes: a bit for every pair of tokens of every head.
+# What the bitmaps of "exact" may take, in bytes: a bit for every pair of tokens of every head, in words of 32.
 EXACT_BYTES = 1 << 30
 
 # What the lists of one call may take; every site of a model keeps its own for each branch.
@@ -123,7 +123,7 @@ def cluster_mass(q: Clusters, k: Clusters, scale: float) -> tuple[Tensor, Tensor
     """
     scores = q.centroids @ k.centroids.transpose(-1, -2) * scale
     scores = scores.masked_fill(k.sizes[..., None, :] == 0, float("-inf"))
-    return scores, (scores + k.sizes[..., None, :].clamp(min=1).log()).softmax(-1)
+    return scores, (scores + k.sizes[..., None, :].clamp(min=1).float().log()).softmax(-1)
 
 
 def choose_by_keys(scores: Tensor, sizes: Tensor, keys: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ def _sorted(clusters: Clusters, text: tuple[int, int], block: int) -> _Sorted:
     labels, order = labels.sort(dim=-1, stable=True)
     blocks = -(-labels.shape[-1] // block)
     place = torch.arange(labels.shape[-1], device=labels.device) // block * (count + 1) + labels
-    parts = torch.zeros(*labels.shape[:2], blocks * (count + 1), device=labels.device)
+    parts = torch.zeros(*labels.shape[:2], blocks * (count + 1), dtype=torch.float32, device=labels.device)
     # Sums of ones are exact in any order.
     parts.scatter_add_(-1, place, torch.ones_like(place, dtype=torch.float32))
     return _Sorted(order, labels, parts.unflatten(-1, (blocks, count + 1)))
@@ -288,13 +288,14 @@ def _check(q: Tensor, k: Tensor, rule: ClusterRule) -> None:
     if not 0 <= rule.text[0] <= rule.text[1] <= tokens:
         raise ValueError(f"text is {rule.text}, which is not a range within [0, {tokens}].")
     heads = q.shape[0] * q.shape[1]
-    size = heads * tokens * tokens // 8
+    blocks = -(-tokens // rule.block)
+    size = heads * blocks**2 * rule.block * -(-rule.block // WORD_BITS) * 4
     if rule.exact and size > EXACT_BYTES:
         raise ValueError(
             f"Exact clusters of {tokens} tokens and {heads} heads take bitmaps of {size >> 20} MiB, more than "
             f"{EXACT_BYTES >> 20}. Keep whole blocks instead, boundaries='keep'."
         )
-    size = heads * -(-tokens // rule.block) * rule.width * 4
+    size = heads * blocks * rule.width * 4
     if size > LIST_BYTES:
         way_out = f"larger blocks, block={2 * rule.block}" if rule.block < 128 else "fewer or shorter videos at a time"
         raise ValueError(
@@ -336,7 +337,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     batch, heads, tokens, dim = q.shape
     blocks = -(-tokens // block)
-    words = -(-block // 32)
+    words = -(-block // WORD_BITS)
 
     def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return q.new_empty(shape, dtype=dtype)

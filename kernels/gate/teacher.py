@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..precision import in_full_precision
 from ..search.inputs import check_search, softmax_scale
 
 _STRIP = 1 << 22  # scores held in memory at a time, in elements, unless a single row of blocks has more
 
 
+@in_full_precision
 def block_maps(
     q: Tensor, k: Tensor, block: int, *, rows: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:

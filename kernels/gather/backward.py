@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backward import BackwardInputs, Gradients, score_gradient, softmax_delta, softmax_lse
 from ..sparse_plan import SparsePlan
-from .forward import _row_mask
+from .forward import _row_mask, cut_rows
 
 # Scores, weights, their gradients and a temporary of one stack, in bytes: small enough for the CPU caches to help.
 _STACK_BYTES = {"cpu": 32 << 20, "other": 512 << 20}
@@ -122,8 +122,7 @@ def _cut_stacks(plan: SparsePlan, batch: int, heads: int) -> Iterator[_Stack]:
     """Rows with PARTIAL blocks.  A mask is built once per plan row and used by all heads that share it."""
     plan_batch, plan_heads = plan.counts.shape[:2]
     grid = torch.arange(batch * heads, device=plan.device).view(batch, heads)
-    for b, h, row in (plan.full_counts < plan.counts).nonzero().tolist():
-        count, full = int(plan.counts[b, h, row]), int(plan.full_counts[b, h, row])
+    for b, h, row, count, full in cut_rows(plan):
         listed = plan.indices[b, h, row, :count].long()
         hidden = ~_row_mask(plan, (b, h, row), listed, full)
         owners = grid if plan_batch == 1 else grid[b : b + 1]

@@ -135,16 +135,25 @@ def _attend_group(
 def _attend_cut_rows(data: _Blocked, plan: SparsePlan, scale: float, batch: int, heads: int) -> None:
     """Handles the rows with PARTIAL blocks.  A mask is built once per plan row and used by all heads that share it."""
     plan_batch, plan_heads = plan.counts.shape[:2]
-    mixed = (plan.full_counts < plan.counts).nonzero()
-    counts = plan.counts[mixed.unbind(-1)].tolist() if mixed.numel() else []
-    full = plan.full_counts[mixed.unbind(-1)].tolist() if mixed.numel() else []
     grid = torch.arange(batch * heads, device=data.q.device).view(batch, heads)
-    for (b, h, row), count, whole in zip(mixed.tolist(), counts, full, strict=True):
+    for b, h, row, count, whole in cut_rows(plan):
         owners = grid if plan_batch == 1 else grid[b : b + 1]
         owners = owners if plan_heads == 1 else owners[:, h : h + 1]
         blocks = plan.indices[b, h, row, :count].long()
         keep = _row_mask(plan, (b, h, row), blocks, whole)
         _attend_masked(owners.reshape(-1), row, blocks, keep, data, plan, scale)
+
+
+def cut_rows(plan: SparsePlan) -> list[list[int]]:
+    """Rows with PARTIAL blocks: batch, head and row, how many blocks are listed, and how many of them are FULL.
+
+    Waits for the device twice, however many rows there are.
+    """
+    mixed = (plan.full_counts < plan.counts).nonzero()
+    places = mixed.unbind(-1)
+    numbers = torch.stack((plan.counts[places], plan.full_counts[places]), -1)
+    rows: list[list[int]] = torch.cat((mixed, numbers), -1).tolist()
+    return rows
 
 
 def _row_mask(plan: SparsePlan, place: tuple[int, int, int], blocks: Tensor, whole: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .running import running_sum
 from .select import select_topk
 
 GOOD_RECALL = 0.8  # heads that hold more of their mass than this can spare blocks for others
@@ -132,7 +133,7 @@ def _recall_counts(mass: Tensor, budget: MassBudget, always: Tensor, free: int) 
     mass = mass.double()
     best = mass.masked_fill(always, 0).sort(-1, descending=True).values[..., :free]
     sunk = (mass * always).sum(-1, keepdim=True)
-    held = torch.cat((sunk, sunk + best.cumsum(-1)), -1)  # by 0, 1, ... blocks
+    held = torch.cat((sunk, sunk + running_sum(best)), -1)  # by 0, 1, ... blocks
     total = mass.sum(-1, keepdim=True)
     if budget.recall_over == "head":
         held, total = held.sum(-2, keepdim=True), total.sum(-2, keepdim=True)

@@ -18,6 +18,7 @@ from ..sparse_plan import PlanStats, SparsePlan
 from .cells import SUBSET_CELLS, Cells, packed_words
 from .inputs import check_search
 from .pooled import differentiable_means
+from .running import running_sum
 from .select import row_lists
 
 Select = Literal["top_k", "threshold"]
@@ -131,7 +132,7 @@ def select_cells(
     flat_gate, flat_own, weight = (_by_scope(x, scope) for x in (gate, own.expand(gate.shape), weight))
     value = weight if select == "top_k" else _normalized(flat_gate.double()) * weight
     ranking = flat_gate.masked_fill(flat_own, torch.inf).argsort(dim=-1, descending=True, stable=True)
-    held = value.gather(-1, ranking).cumsum(-1)
+    held = running_sum(value.gather(-1, ranking))
     if isinstance(amount, Tensor):
         amount = _amount_by_scope(amount, scope)
     if select == "top_k":

@@ -189,7 +189,7 @@ def device_density(plan: SparsePlan) -> Tensor:
     if isinstance(plan.pair_test, Bitmap):
         return _bitmap_density(plan, plan.pair_test)
     if plan.pair_test is not None:
-        return torch.tensor(count_density(plan).density, device=plan.device)
+        return torch.tensor(count_density(plan).density, dtype=torch.float32, device=plan.device)
     slots = torch.arange(plan.indices.shape[-1], device=plan.device)
     ends_row = (plan.indices == plan.num_kv_blocks - 1) & (slots < plan.counts[..., None])
     missing = plan.num_kv_blocks * plan.block_kv - plan.kv_len  # of the last block of keys

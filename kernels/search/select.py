@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .running import running_sum
+
 
 def select_topk(scores: Tensor, count: int | Tensor, *, always: Tensor | None = None, minimum: int = 1) -> Tensor:
     """Keeps the `count` best blocks of every row.
@@ -53,7 +55,7 @@ def select_topp(mass: Tensor, share: float | Tensor, *, always: Tensor | None = 
         raise ValueError(f"share must be between 0 and 1, got {share}.")
     order = _ranking(mass, always)
     # Double precision, so that sums over thousands of blocks do not decide who is kept.
-    held = mass.double().gather(-1, order).cumsum(-1)
+    held = running_sum(mass.double().gather(-1, order))
     target = (held[..., -1] * share)[..., None]
     before = torch.cat((torch.zeros_like(held[..., :1]), held[..., :-1]), -1)
     needed = (before < target).sum(-1)

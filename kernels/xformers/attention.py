@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..gather.forward import _row_mask
+from ..gather.forward import _row_mask, cut_rows
 from ..merge import merge_attention
 from ..sparse_plan import SparsePlan
-from .probe import xformers_problem
 
 # Gathered keys and values of one call, in bytes.
 _CHUNK_BYTES = 256 << 20
@@ -45,26 +44,21 @@ def xformers_attention(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale:
         q: `[B, H, q_len, D]`, any strides.
         k: `[B, H, kv_len, D]`.
         v: `[B, H, kv_len, D]`.
-        plan: Who attends to whom, in plan positions (`order` is the caller's business).
+        plan: Who attends to whom, in plan positions (`order` is the caller's business).  Partial blocks need a bias.
         scale: Factor on the scores.
 
     Returns:
         `(out, lse)`: out contiguous in the dtype and shape of q; lse float32 `[B, H, q_len]`, natural log.  A query
         without any key gets out 0 and lse -inf.
-
-    Raises:
-        ValueError: The plan has partial blocks, and xformers takes no bias here.
     """
     batch, heads, _, dim = q.shape
     rows = plan.num_q_blocks
-    if plan.pair_test is not None:
-        _refuse_without_bias(q)
     data = _Blocked(
         q=_cut(q, plan.block_q).view(-1, plan.block_q, dim),
         k=_cut(k, plan.block_kv).view(-1, plan.block_kv * dim),
         v=_cut(v, plan.block_kv).view(-1, plan.block_kv * dim),
         out=q.new_zeros(batch * heads * rows, plan.block_q, dim),
-        lse=torch.full((batch * heads * rows, plan.block_q), float("-inf"), device=q.device),
+        lse=torch.full((batch * heads * rows, plan.block_q), float("-inf"), dtype=torch.float32, device=q.device),
     )
     _attend_full_blocks(data, plan, batch, heads, scale)
     if plan.pair_test is not None:
@@ -72,14 +66,6 @@ def xformers_attention(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale:
     out = data.out.view(batch, heads, rows * plan.block_q, dim)[:, :, : plan.q_len]
     lse = data.lse.view(batch, heads, rows * plan.block_q)[:, :, : plan.q_len]
     return out.contiguous(), lse.contiguous()
-
-
-def _refuse_without_bias(q: Tensor) -> None:
-    problem = xformers_problem(q.device.type, q.dtype, q.shape[-1], bias=True)
-    if problem is not None:
-        raise ValueError(
-            f"The plan has partial blocks, which need a bias, but {problem}, or build block-aligned plans."
-        )
 
 
 def _cut(x: Tensor, block: int) -> Tensor:
@@ -110,8 +96,7 @@ def _merge_partial_blocks(data: _Blocked, plan: SparsePlan, batch: int, heads: i
     """One bias per row of the plan; all (batch, head) pairs that share the row use it."""
     plan_batch, plan_heads = plan.counts.shape[:2]
     owners = torch.arange(batch * heads, device=data.q.device).view(batch, heads)
-    for b, h, row in (plan.full_counts < plan.counts).nonzero().tolist():
-        first, last = int(plan.full_counts[b, h, row]), int(plan.counts[b, h, row])
+    for b, h, row, last, first in cut_rows(plan):
         blocks = plan.indices[b, h, row, first:last].long()
         keep = _row_mask(plan, (b, h, row), blocks, 0)
         bias, dead = _bias(keep, data.q.dtype), ~keep.any(-1)

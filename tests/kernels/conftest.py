@@ -1,13 +1,37 @@
-"""Fixtures of the kernel tests: poisoned memory and a plan maker."""
+"""Fixtures of the kernel tests: poisoned memory and another default dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class UnderDefault(Protocol):
+    """What the fixture `under_default` gives."""
+
+    def __call__(self, dtype: torch.dtype, call: Callable[[], T]) -> T:
+        """Runs `call` while torch's default dtype is `dtype`."""
+
+
+@pytest.fixture
+def under_default() -> UnderDefault:
+    """Runs a call while torch's default dtype is another one."""
+    before = torch.get_default_dtype()
+
+    def run(dtype: torch.dtype, call: Callable[[], T]) -> T:
+        torch.set_default_dtype(dtype)
+        try:
+            return call()
+        finally:
+            torch.set_default_dtype(before)
+
+    return run
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,6 +148,21 @@ def test_queries_that_the_band_leaves_without_keys(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plan_whose_test_was_taken_off(backend: str) -> None:
+    """The short last block was FULL beside a PARTIAL one, so it stood before it."""
+    band = Band(50, torch.tensor([50, 5, -1], dtype=torch.int32), 150)
+    keep = torch.ones(3, 3, dtype=torch.bool)
+    cut = plan_from_blocks(keep, pair_test=band, q_len=150, kv_len=150, block_q=64, block_kv=64)
+    assert cut.indices[0, 0, 2, :2].tolist() == [2, 1] and cut.full_counts[0, 0, 2] == 1
+    plan = replace(cut, pair_test=None)
+    q, k, v = tensors(2, 2, 150, 150, 16, torch.float32)
+    check(q, k, v, plan, backend)
+    mask = cut.to_bool().repeat_interleave(64, 2).repeat_interleave(64, 3)[..., :150, :150]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(attend(q, k, v, plan, backend=backend), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("banded", [False, True])
 def test_order_permutes_in_and_back(backend: str, banded: bool) -> None:
     order = torch.randperm(ODD, generator=torch.Generator().manual_seed(1))
@@ -162,6 +178,16 @@ def test_any_strides(backend: str) -> None:
     check(q, k, v, plan, backend)
     check(q.transpose(-1, -2).contiguous().transpose(-1, -2), k.expand_as(k), v, plan, backend)
     check(q[:, :1].expand(-1, 3, -1, -1), k, v, plan, backend)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_auto_reads_any_strides_on_a_gpu() -> None:
+    plan = random_plan(300, 300, 64, 64, (1, 2)).to("cuda")
+    q, k, v = (x.cuda() for x in tensors(1, 2, 300, 300, 64, torch.float16))
+    turned = q.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert torch.equal(attend(turned, k, v, plan), attend(q, k, v, plan))
+    with pytest.raises(ValueError, match="cannot run this call"):
+        attend(turned, k, v, plan, backend="triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

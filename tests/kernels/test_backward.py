@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from dit_accel.kernels.backward import BackwardInputs
 from dit_accel.kernels.gather import backward as gather_backward
+from dit_accel.kernels.gather.forward import gather_attention
 from dit_accel.kernels.ops import block_sparse_attention
 from dit_accel.kernels.pair_tests import Band, encode
 from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
@@ -25,6 +27,7 @@ from .backward_cases import (
     random_plan,
     tensors,
 )
+from .costs import single_reads
 
 BACKENDS = ("gather", "reference", "auto")
 FRAME_TOKENS, ODD = 45, 7 * 45
@@ -147,6 +150,22 @@ def test_gather_in_small_stacks(bytes_: int, monkeypatch: pytest.MonkeyPatch) ->
     check_gradients(*tensors(2, 2, 150, 150, 16), random_plan(150, 150, 32, 32, 2, 2), "gather")
     band = Band(30, torch.tensor([30, 9, 4, 0, -1], dtype=torch.int32), 150)
     check_gradients(*tensors(2, 2, 150, 150, 16), random_plan(150, 150, 32, 32, pair_test=band), "gather")
+
+
+def test_rows_with_partial_blocks_are_read_together() -> None:
+    """A GPU would be waited for at each number that is read by itself."""
+
+    def reads_and_rows(tokens: int) -> tuple[int, int]:
+        band = Band(50, torch.tensor([50, 5, 0, -1, -1, -1], dtype=torch.int32), tokens)
+        plan = random_plan(tokens, tokens, 32, 32, pair_test=band)
+        q, k, v = tensors(1, 2, tokens, tokens, 16)
+        out, lse = gather_attention(q, k, v, plan, 0.25)
+        inputs = BackwardInputs(q, k, v, out, lse, torch.ones_like(out), torch.zeros_like(lse))
+        reads = single_reads(lambda: gather_backward.gather_backward(inputs, plan, 0.25))
+        return reads, int((plan.full_counts < plan.counts).sum())
+
+    (few_reads, few_rows), (many_reads, many_rows) = reads_and_rows(100), reads_and_rows(300)
+    assert 0 < few_rows < many_rows and few_reads == many_reads
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from dit_accel.kernels import attend as attend_module
 from dit_accel.kernels import support
 from dit_accel.kernels.attend import BACKENDS, attend, choose_backend, explain
 from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
@@ -105,3 +109,57 @@ def test_auto_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "_triton_installed", lambda: False)
     answer = choose_backend("cuda", torch.float16, 64, make_plan())
     assert answer.backend == "gather" and "pip install triton" in answer.reason
+
+
+def turned(x: Tensor) -> Tensor:
+    """The same values, the head dimension not contiguous."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize(
+    ("orders", "place", "ok"),
+    [
+        ((), 0, False),
+        ((), 2, False),
+        (("order",), 0, True),
+        (("order",), 1, True),
+        (("kv_order",), 0, False),
+        (("kv_order",), 2, True),
+        (("order", "kv_order"), 0, True),
+    ],
+)
+def test_explain_judges_strides_as_backends_meet_them(
+    orders: tuple[str, ...], place: int, ok: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has an order is permuted first, into memory of its own."""
+    monkeypatch.setattr(support, "_triton_installed", lambda: True)
+    monkeypatch.setattr(support, "interpreting", lambda: True)
+    generator = torch.Generator().manual_seed(0)
+    given: dict[str, Any] = {name: torch.randperm(128, generator=generator) for name in orders}
+    plan = replace(make_plan(), **given)
+    q, k, v = (turned(x) if i == place else x for i, x in enumerate(tensors()))
+    answer = explain(q, k, v, plan)[0]
+    assert answer.backend == "triton" and answer.ok == ok
+    assert ("last stride 1" in answer.reason) != ok
+
+
+@pytest.mark.parametrize(("device", "stride", "copied"), [("cuda", 7, True), ("cuda", 1, False), ("cpu", 7, False)])
+def test_what_a_gpu_cannot_read_is_copied(device: str, stride: int, copied: bool) -> None:
+    copy: Any = object()
+    tensor: Any = SimpleNamespace(
+        device=torch.device(device), stride=lambda dim: (1, 1, 1, stride)[dim], contiguous=lambda: copy
+    )
+    assert attend_module._readable(tensor) is (copy if copied else tensor)
+
+
+@pytest.mark.parametrize(("backend", "asked"), [("auto", 3), ("gather", 0), ("reference", 0)])
+def test_only_auto_copies(backend: str, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def noted(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x
+
+    monkeypatch.setattr(attend_module, "_readable", noted)
+    attend(*tensors(), make_plan(), backend=backend)
+    assert len(seen) == asked

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from dit_accel.kernels.attend import attend
 from dit_accel.kernels.bitmap import Bitmap
 from dit_accel.kernels.gather import backward, forward
 from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
+
+from .costs import peak_bytes
 
 HEADS, TOKENS, DIM, BLOCK = 4, 2048, 32, 64
 KEPT = 16
@@ -34,19 +35,6 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     resize(CHUNK)
     return resize
-
-
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """Most bytes that torch's CPU allocator held at a time during `call`, beyond those held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = call()
-    assert result is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def make_plan(cut: bool) -> SparsePlan:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_accel.kernels import pair_tests
+from dit_accel.kernels import bitmap, pair_tests
 from dit_accel.kernels.bitmap import Bitmap
 from dit_accel.kernels.pair_tests import Band, Neighborhood, PairTest, blocks_of, decode, encode
 from dit_accel.kernels.sparse_plan import SparsePlan, plan_from_blocks
 
+from .costs import peak_bytes
 from .interpreter_runner import interpreted
 from .pair_test_cases import CASES, DTYPES, PLANS, check, random_bitmap
 
@@ -159,6 +160,26 @@ def test_bitmap_says_what_the_mask_says(lead: tuple[int, int], block_q: int, blo
     assert torch.equal(plan.element_mask(), mask)
     assert plan.density == pytest.approx(mask.double().mean().item())
     assert plan.stats.density_per_head == pytest.approx(mask.double().mean((0, 2, 3)).tolist())
+
+
+def test_bits_of_any_word_are_counted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(-(2**31), 2**31, (1000,), generator=generator).tolist()
+    words = [0, 1, -1, -(2**31), 2**31 - 1, 0x55555555, -0x55555556, *drawn]
+    counts = bitmap._bit_counts(torch.tensor(words, dtype=torch.int32))
+    assert counts.tolist() == [bin(word & 0xFFFFFFFF).count("1") for word in words]
+
+
+def test_counting_pairs_takes_less_memory_than_the_bitmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    side, block = 64, 64
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (side * side, block, 2), generator=generator).to(torch.int32)
+    slots = torch.arange(side * side, dtype=torch.int32).view(1, 1, side, side)
+    test, sizes = Bitmap(slots, words, block), (side * block - 5, side * block - 7, block, block)
+    expected = test.pairs_per_block(*sizes)
+    monkeypatch.setitem(bitmap._COUNT_WORDS, "cpu", 1 << 12)
+    assert torch.equal(test.pairs_per_block(*sizes), expected)
+    assert peak_bytes(lambda: test.pairs_per_block(*sizes)) < words.nbytes / 2
 
 
 TESTS: tuple[PairTest | None, ...] = (

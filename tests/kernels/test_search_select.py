@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.search import select as select_module
+from dit_accel.kernels.search.running import running_sum, sum_by_doubling
 from dit_accel.kernels.search.select import row_lists, select_threshold, select_topk, select_topp
 
 LEAD = (2, 3, 7)
@@ -72,6 +74,33 @@ def test_topp_on_a_softmax(share: float) -> None:
     assert (held - weakest < share * mass.double().sum(-1)).all()
     # What is kept is the best: nothing dropped is above it.
     assert (mass.where(~kept, 0).amax(-1) <= weakest).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 1000])
+def test_running_sums_by_doubling(length: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(2, 3, length, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(sum_by_doubling(x), x.cumsum(-1), rtol=1e-12, atol=0)
+    exact = (x * 100).floor()
+    assert torch.equal(sum_by_doubling(exact), exact.cumsum(-1))
+    assert torch.equal(running_sum(x), x.cumsum(-1))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_topp_keeps_the_same_by_such_sums(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = select_topp(scores(), share)
+    monkeypatch.setattr(select_module, "running_sum", sum_by_doubling)
+    assert torch.equal(select_topp(scores(), share), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_topp_on_a_gpu_in_the_deterministic_mode() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = select_topp(scores().cuda(), 0.5)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found.cpu(), select_topp(scores(), 0.5))
 
 
 @pytest.mark.parametrize("with_always", [False, True])

@@ -81,6 +81,20 @@ def test_lists_hold_full_then_partial_blocks_ascending(lead: tuple[int, int]) ->
         assert not any(listed[count:])
 
 
+def test_without_its_test_a_plan_lists_all_blocks_ascending_as_full() -> None:
+    keep = blocks(TOKENS, TOKENS, 128, 128, 2, 3)
+    partial = keep & blocks(TOKENS, TOKENS, 128, 128, 2, 3, seed=1)
+    sizes: dict[str, Any] = {"q_len": TOKENS, "kv_len": TOKENS, "block_q": 128, "block_kv": 128}
+    cut = plan_from_blocks(keep, partial=partial, pair_test=make_band(), **sizes)
+    whole = replace(cut, pair_test=None)
+    expected = plan_from_blocks(keep, **sizes)
+    assert not torch.equal(cut.indices, expected.indices), "the plan had no PARTIAL block before a FULL one"
+    assert torch.equal(whole.indices, expected.indices) and whole.indices.dtype == torch.int32
+    assert torch.equal(whole.counts, expected.counts) and whole.full_counts is whole.counts
+    again = replace(whole, stats=cut.stats)
+    assert again.indices is whole.indices and again.full_counts is again.counts
+
+
 @pytest.mark.parametrize("sink", [0, FRAME_TOKENS])
 @pytest.mark.parametrize("text", [0, TEXT])
 def test_band_matches_brute_force(sink: int, text: int) -> None:
@@ -142,6 +156,7 @@ def test_plan_is_immutable_and_knows_its_size() -> None:
         plan.q_len = 3  # type: ignore[misc]
     # counts doubles as full_counts, so it is held once.
     assert plan.nbytes == 4 * (plan.indices.numel() + plan.counts.numel())
+    assert plan.to("meta").nbytes == plan.nbytes
     assert plan.to("cpu") is plan
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,6 +162,18 @@ def test_attention_inside_a_permuted_stack(planned: str | None) -> None:
     q, k, v = torch.randn(3, 2, 2, TOKENS, 16, generator=torch.Generator().manual_seed(0)).unbind()
     inside = attend(q[:, :, order], k[:, :, order], v[:, :, order], plan_in_order(plan, order))
     torch.testing.assert_close(inside[:, :, inverse_order(order)], attend(q, k, v, plan), rtol=1e-5, atol=1e-5)
+
+
+def test_a_plan_that_was_moved_under_inference_mode_serves_training() -> None:
+    plan, order = make_plan(None, False), morton_order(GRID)
+    of_keys = replace(plan, kv_order=pixel_order(GRID))
+    with torch.inference_mode():
+        moved = [plan_in_order(each, order) for each in (plan, of_keys)]
+    for each in moved:
+        x = torch.randn(3, 2, 2, TOKENS, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        q, k, v = x.unbind()
+        attend(q, k, v, each).sum().backward()
+        assert x.grad is not None and x.grad.isfinite().all()
 
 
 def test_a_plan_of_another_length_is_refused() -> None:

@@ -34,6 +34,9 @@ from dit_accel.kernels.support import Call, check
 from dit_accel.kernels.xformers import attention as xformers_backend
 from dit_accel.kernels.xformers.probe import xformers_problem
 
+from .conftest import UnderDefault
+from .costs import single_reads
+
 FRAMES, FRAME_TOKENS, TEXT = 5, 7 * 9, 11
 TOKENS = FRAMES * FRAME_TOKENS + TEXT
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
@@ -216,8 +219,64 @@ def test_partial_blocks_need_a_bias(install: Callable[[Attention], None]) -> Non
     compare(*tensors(), make_plan("whole"))
     with pytest.raises(
         ValueError, match=r"partial blocks, which need a bias.*attn_bias type is Tensor.*block-aligned"
-    ):
+    ) as caught:
         attend(*tensors(), make_plan("band"), backend="xformers")
+    whole, cut = (
+        next(answer for answer in explain(*tensors(), make_plan(kind)) if answer.backend == "xformers")
+        for kind in ("whole", "band")
+    )
+    assert whole.ok and not cut.ok and cut.reason in str(caught.value)
+
+
+def test_full_memory_is_no_answer(install: Callable[[Attention], None]) -> None:
+    """What fails for want of memory is asked again."""
+    calls: list[Tensor] = []
+
+    def attention(query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        calls.append(query)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return memory_efficient_attention_forward_requires_grad(query, *args, **options)
+
+    install(attention)
+    with pytest.raises(torch.OutOfMemoryError):
+        explain(*tensors(), make_plan("whole"))
+    compare(*tensors(), make_plan("whole"))
+
+
+def test_every_device_is_asked_for_itself(install: Callable[[Attention], None]) -> None:
+    asked: list[torch.device] = []
+
+    def attention(query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        asked.append(query.device)
+        return memory_efficient_attention_forward_requires_grad(query, *args, **options)
+
+    install(attention)
+    for index in (None, 0, 0, None):
+        assert check("xformers", Call("cpu", torch.float32, 24, 64, 64, device_index=index)).ok
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_any_default_dtype(default: torch.dtype, stand_in: None, under_default: UnderDefault) -> None:
+    q, k, v = tensors()
+    plan = make_plan("sinks")
+
+    def run() -> tuple[Tensor, Tensor]:
+        return attend(q, k, v, plan, return_lse=True, backend="xformers")
+
+    for found, expected in zip(under_default(default, run), run(), strict=True):
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_rows_with_partial_blocks_are_read_together(stand_in: None) -> None:
+    def reads_and_rows(block_q: int) -> tuple[int, int]:
+        plan = make_plan("sinks", block_q=block_q)
+        reads = single_reads(lambda: xformers_backend.xformers_attention(*tensors(), plan, 0.3))
+        return reads, int((plan.full_counts < plan.counts).sum())
+
+    (few_reads, few_rows), (many_reads, many_rows) = reads_and_rows(128), reads_and_rows(32)
+    assert few_rows < many_rows and few_reads == many_reads
 
 
 @pytest.mark.parametrize(

@@ -292,6 +292,32 @@ def test_gradients_with_checkpointing() -> None:
         torch.testing.assert_close(gradient(), plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("planned", ["dense", "raster", "morton", "pixel"])
+def test_what_is_set_up_under_inference_mode_serves_training_later(planned: str) -> None:
+    """The order itself, and plans for another one, which get theirs relative to it."""
+    transformer, inputs = build_transformer("per-token"), inputs_for("per-token")
+    processor = None
+    if planned != "dense":
+        processor = Fixed(ORDERS[planned](TokenLayout.video_only(GRID)) if planned in ORDERS else None)
+    permutation = TokenPermutation(ORDERS["morton"])
+    with dit_accel.accelerate(transformer, processor, block_hooks=[permutation]) as handle:
+        with torch.inference_mode():
+            transformer(**inputs, return_dict=False)
+        transformer(**inputs, return_dict=False)[0].square().sum().backward()
+        assert planned == "dense" or all(site.sparse_calls == 2 for site in handle.report().sites)
+    gradient = transformer.blocks[0].attn1.to_q.weight.grad
+    assert gradient is not None and gradient.isfinite().all()
+
+
+def test_an_order_that_was_made_under_inference_mode_serves_training() -> None:
+    transformer, inputs = build_transformer("t2v"), inputs_for("t2v")
+    with torch.inference_mode():
+        order = morton_order(GRID)
+    with dit_accel.accelerate(transformer, block_hooks=[TokenPermutation(lambda layout: order)]):
+        transformer(**inputs, return_dict=False)[0].square().sum().backward()
+    assert transformer.patch_embedding.weight.grad is not None
+
+
 def test_compiled_model_and_compiled_blocks_are_one_graph() -> None:
     torch._dynamo.reset()
     inputs = inputs_for("per-token")
