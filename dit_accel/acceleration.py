@@ -83,6 +83,7 @@ class Acceleration:
         self._steps: tuple[int, set[int]] = (-1, set())
         self._begun: dict[str, int] = {}  # by expert: the generation whose first call it has had
         self._backend: tuple[str, str] | None = None
+        self._chosen_for: tuple[SparseAttnProcessor, torch.device] | None = None  # what the backend was chosen for
         self._installed: list[RootInstallation] = []
         self._undo: list[Callable[[], None]] = []
         self.profile: Profile | None = None
@@ -197,6 +198,7 @@ class Acceleration:
             expert,
             self.clock,
             self.controls,
+            () if self.processor is None else self.processor.kinds,
             self.block_hooks,
             self._check_idle,
             self._before,
@@ -237,6 +239,7 @@ class Acceleration:
             processor = self._beside_caches(processor, state)
         if processor is not None and self._begun.get(installed.expert) != state.generation:
             self._begun[installed.expert] = state.generation
+            self._note_backend(processor, installed)
             self._set_up(processor, installed, state, device)
         renew = self._has_drifted(processor, installed, state)
         for site in installed.sites.values():
@@ -265,6 +268,15 @@ class Acceleration:
                 site.set_up(processor, last, device)
             elif not processor.schedule.has_budgets:  # else plans differ from step to step
                 self._plan(processor, site, last, device)
+
+    def _note_backend(self, processor: SparseAttnProcessor, installed: RootInstallation) -> None:
+        """Which backend the report names; chosen anew for another method or device: models are moved, or offloaded."""
+        if self._chosen_for == (processor, installed.device):
+            return
+        for module, site in installed.sites.items():
+            if site in self._tally:
+                self._backend = self._choose_backend(module, processor, installed.device)
+        self._chosen_for = (processor, installed.device)
 
     def _check_idle(self) -> None:
         for engine in self.caches.engines:
@@ -302,10 +314,9 @@ class Acceleration:
             self._choices[installed.expert] = replace(before, generation=state.generation)
             return before.choice.recipe
         choice = self.processor.for_situation(situation)
-        for module, site in installed.sites.items():
+        for site in installed.sites.values():
             site.forget()
             if choice.recipe is not None and site in self._tally:
-                self._backend = self._choose_backend(module, choice.recipe)
                 site.backend = choice.recipe.backend
         self._choices[installed.expert] = Chosen(state.generation, situation, choice)
         if all(chosen.choice.recipe is None for chosen in self._choices.values()):
@@ -335,14 +346,21 @@ class Acceleration:
             torch.stack([part.to(measures[0].device) for part in measures])
         )
 
-    def _choose_backend(self, module: Any, processor: SparseAttnProcessor) -> tuple[str, str]:
-        """Name and reason of the backend a module will use; refuses one asked for by name that cannot run here."""
+    def _choose_backend(
+        self, module: Any, processor: SparseAttnProcessor, device: torch.device | None = None
+    ) -> tuple[str, str]:
+        """Name and reason of the backend a module will use; refuses one asked for by name that cannot run here.
+
+        Args:
+            module: an attention module.
+            processor: the method.
+            device: where it runs; None, before the first call, for where it should, by weights and pipeline.
+        """
         weight = next(module.parameters())
         head_dim = module.inner_dim // module.heads
-        device, block = weight.device, processor.block
-        if device.type in ("cpu", "meta"):  # where offloaded weights wait
-            device = getattr(self.clock.pipeline, "_execution_device", device)
-        call = Call(device.type, weight.dtype, head_dim, block, block, device_index=device.index)
+        if device is None:
+            device = _device_ahead(weight, self.clock.pipeline)
+        call = Call(device.type, weight.dtype, head_dim, processor.block, processor.block, device_index=device.index)
         if processor.backend == "auto":
             chosen = choose(call)
         else:
@@ -367,9 +385,10 @@ class Acceleration:
             site.rest()
 
     def _plan_density(self, sites: list[SiteReport]) -> float | None:
-        """Mean over the plans of a static method, over the sparse calls of another."""
-        if not isinstance(self.processor, StaticAttnProcessor):
-            return sparse_density(sites)
+        """Mean over the sparse calls that are counted; of a static method before the first, over the plans it has."""
+        found = sparse_density(sites)
+        if found is not None or not isinstance(self.processor, StaticAttnProcessor):
+            return found
         plans = [plan.density for plan in self._plans.values()]
         return sum(plans) / len(plans) if plans else None
 
@@ -385,6 +404,12 @@ class Acceleration:
             with torch.inference_mode(False):  # what is kept may be used in training later
                 self._plans[key] = recipe.build_plan(layout, device)
         return self._plans[key]
+
+
+def _device_ahead(weight: Any, pipeline: Any | None) -> torch.device:
+    """Where a model is going to run, by its weights, unless they wait elsewhere because they are offloaded."""
+    device: torch.device = weight.device
+    return getattr(pipeline, "_execution_device", device) if device.type in ("cpu", "meta") else device
 
 
 def _no_sites(processor: SparseAttnProcessor, root: nn.Module, installed: RootInstallation) -> str:

@@ -71,7 +71,7 @@ class StepClock:
         self._generation = -1
         self._last_step: int | None = None
         self._last_timestep: torch.Tensor | None = None
-        self._last_layout: TokenLayout | None = None
+        self._last_grid: tuple[int, int, int] | None = None
         self._ordinal = 0
         self._seen: list[str] = []
         self._calls = 0  # in the step before
@@ -131,7 +131,7 @@ class StepClock:
             self._calls, self._seen = len(self._seen), []
         branch = self._explicit.name or context.name or f"call{len(self._seen)}"
         self.state = StepState(self._generation, step, steps, branch, expert, self._ordinal, layout, timestep)
-        self._last_step, self._last_timestep, self._last_layout = step, timestep, layout
+        self._last_step, self._last_timestep, self._last_grid = step, timestep, layout.grid
         self._seen.append(branch)
         self._ordinal += 1
         return self.state
@@ -157,7 +157,7 @@ class StepClock:
 
     def _restart(self) -> None:
         self._generation += 1
-        self._last_step = self._last_timestep = self._last_layout = None
+        self._last_step = self._last_timestep = self._last_grid = None
         self._ordinal = self._calls = 0
         self._seen = []
 
@@ -170,7 +170,8 @@ class StepClock:
         was_idle, self._is_idle = self._is_idle, self._other_samples(has_new_schedule, timestep, said)
         if self._last_step is None:
             return self._ordinal > 0
-        if has_new_schedule or self._is_idle > was_idle or (layout != self._last_layout and not self._contexts):
+        # The grid alone: branches that nobody names may have texts of different lengths.
+        if has_new_schedule or self._is_idle > was_idle or (layout.grid != self._last_grid and not self._contexts):
             return True
         if said is not None:
             return said < self._last_step or (said == self._last_step and context.name in self._seen)

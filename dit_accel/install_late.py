@@ -11,9 +11,12 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
+
+_BETWEEN = ("diffusers", "huggingface_hub", "torch")  # what a user calls may lead to set_attn_processor through these
 
 
 def extend_diffusers() -> None:
@@ -83,10 +86,35 @@ def _extend_models(module: ModuleType) -> None:
             }
         if is_ours(processor) or accelerated is not None:
             replace_processor(self, processor)
+            if accelerated is not None and accelerated.processor is not None and not is_ours(processor):
+                _warn_if_unasked(type(accelerated.processor).__name__, acceleration_of(self) is not None)
             return
         stock(self, processor)
 
     module.AttentionMixin.set_attn_processor = set_attn_processor
+
+
+def _warn_if_unasked(method: str, others_stay: bool) -> None:
+    """Says that a method is off where a function of diffusers set other processors, as those of IP-Adapters do.
+
+    Nothing is said to users who set them: that is one way to take a method off.
+
+    Args:
+        method: name of its class.
+        others_stay: whether caches, controls or hooks are still on, beside which nothing can be accelerated anew.
+    """
+    frame: FrameType | None = sys._getframe(2)  # the caller of set_attn_processor, which is two levels up
+    if _package_of(frame) != "diffusers":
+        return
+    level = 3
+    while frame is not None and _package_of(frame) in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    remedy = "set it once more with set_attn_processor()" if others_stay else "call accelerate() again"
+    warnings.warn(f"dit_accel: other attention processors were set, so {method} is off; {remedy}", stacklevel=level)
+
+
+def _package_of(frame: FrameType | None) -> str:
+    return "" if frame is None else str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 _EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {

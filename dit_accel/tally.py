@@ -47,7 +47,7 @@ class Tally:
             return
         density = site.settle(state)
         if density is None and site.is_unused:
-            return  # it was not called, since a hook stood in for its block
+            return  # a hook stood in for its block, or guidance leaves the layer out
         self.densities.count(state, 1.0 if density is None else density)
         if density is None:
             tally.dense_calls += 1

@@ -7,12 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from dit_accel.controls import SiteInfo
 from dit_accel.layout import TokenLayout
-from dit_accel.presets import AutoAttnProcessor, ModelFacts, Situation, auto_processor
+from dit_accel.plan.simulate import computed_share
+from dit_accel.presets import AutoAttnProcessor, ModelFacts, Situation, auto, auto_processor
 from dit_accel.presets.auto import FEW_STEPS, PAYS
-from dit_accel.presets.estimate import attention_share, estimate
+from dit_accel.presets.estimate import Estimate, attention_share, estimate
+from dit_accel.processors import NeighborhoodAttnProcessor
 
 MODELS = {  # class, what tells it apart, width, attention modules
     "wan-14b": ("WanTransformer3DModel", {"num_layers": 40, "num_attention_heads": 40, "in_channels": 16}, 5120, 40),
@@ -136,6 +139,23 @@ def test_settings_rebuild_it() -> None:
         assert plain == mine.settings() == AutoAttnProcessor(**plain).settings()
     assert AutoAttnProcessor(**AutoAttnProcessor().settings()).settings() == AutoAttnProcessor().settings()
     assert auto_processor({}, None).presets is False and auto_processor({}).presets is True
+
+
+def test_blocks_that_are_kept_in_part_are_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that slides by single tokens fits no block, so kernels compute more pairs than it keeps."""
+    asked: dict[str, float] = {}
+
+    def watched(method: str, **facts: Any) -> Estimate:
+        asked[method] = facts["density"]
+        return estimate(method, **facts)
+
+    monkeypatch.setattr(auto, "estimate", watched)
+    monkeypatch.setattr(auto, "LONG_SIDE", 32)
+    layout = joint(32, 40, 64)
+    AutoAttnProcessor().for_situation(situation("flux", layout, steps=28))
+    plan = NeighborhoodAttnProcessor().build_plan(layout, torch.device("cpu"))
+    assert asked["neighborhood"] == pytest.approx(computed_share(plan))
+    assert computed_share(plan) > 1.05 * plan.density
 
 
 def test_estimates_follow_amdahl() -> None:

@@ -49,6 +49,12 @@ def test_every_preset_builds_its_method_as_published(preset: Preset) -> None:
     assert again.settings() == built and completed is not None and not completed.changed
 
 
+def test_every_radial_preset_says_its_decay() -> None:
+    """What a script leaves to its own default, 1, is not ours, 0.2."""
+    decays = {preset.name: preset.settings["decay"] for preset in presets_of("radial")}
+    assert decays["wan2.1-14b-2x-length"] == decays["hunyuanvideo-4x-length"] == 1.0
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (tuple, list)) else value
 

@@ -34,6 +34,7 @@ class RootInstallation:
         expert: attribute name of the root in its pipeline.
         clock: told of every call of the root.
         controls: attention controls.
+        kinds: kinds of sites that a method acts on; none without one.
         block_hooks: hooks around every block; a token permutation among them acts on all of them together.
         check_idle: raises RuntimeError while a call is running that no other may come into.
         before_call: runs before each call of the root, outside compiled code; prepares the sites.
@@ -42,7 +43,8 @@ class RootInstallation:
 
     Raises:
         UnknownModelError: if the family of the root is not registered.
-        ValueError: if no attention module was found, or none that a control chooses, or a processor has weights.
+        ValueError: if no attention module was found, or none that a control chooses, or a processor has weights and is
+            not that of a cross-attention on which nothing acts.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class RootInstallation:
         expert: str,
         clock: StepClock,
         controls: tuple[AttentionControl, ...],
+        kinds: Collection[str],
         block_hooks: tuple[BlockHook, ...],
         check_idle: Callable[[], None],
         before_call: BeforeCall,
@@ -61,7 +64,7 @@ class RootInstallation:
         self.expert, self.clock = expert, clock
         self.family: Family = family_of(root)
         self._before_call, self._after_call, self._after_generation = before_call, after_call, after_generation
-        self._check_idle = check_idle
+        self._check_idle, self._kinds = check_idle, tuple(kinds)
         self._signature = inspect.signature(type(root).forward)
         self._outside = False  # whether the clock is kept by the wrapper of compiled code, not by the hooks inside it
         self._undo: list[Callable[[], None]] = []
@@ -99,11 +102,12 @@ class RootInstallation:
         self._uncompilable = uncompilable
 
     def replaced(self) -> list[str]:
-        """Paths of sites where someone has since put another processor."""
+        """Paths of sites where a method or a control acts and someone has since put another processor."""
         return [
             site.info.path
             for module, site in self.sites.items()
-            if not (isinstance(module.processor, BoundProcessor) and module.processor.site is site)
+            if self._is_acted_on(site)
+            and not (isinstance(module.processor, BoundProcessor) and module.processor.site is site)
         ]
 
     def heads_of(self, kinds: Collection[str]) -> dict[SiteInfo, tuple[int, int]]:
@@ -176,10 +180,15 @@ class RootInstallation:
         ]
         return sorted(found, key=place)
 
+    def _is_acted_on(self, site: Site) -> bool:
+        return bool(site.controls) or site.info.kind in self._kinds
+
     def _bind(self, module: Any, site: Site) -> None:
         stock = module.processor
         if isinstance(stock, BoundProcessor):
             raise ValueError(f"{site.info.path} is accelerated already; call remove() on its handle first")
+        if isinstance(stock, nn.Module) and site.info.kind == "cross" and not self._is_acted_on(site):
+            return  # IP-Adapters have their weights here, and nobody wants anything of it
         if isinstance(stock, nn.Module):
             raise ValueError(
                 f"{type(stock).__name__} at {site.info.path} has weights of its own (as IP-Adapters have), and "

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Stock = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
+_SET_UPS_KEPT = 4  # of a site: branches of guidance may have texts of different lengths, anchors a method of their own
+
 
 @dataclass(frozen=True)
 class KeptPlan:
@@ -87,7 +89,7 @@ class Site:
         self._kept: dict[str, KeptPlan] = {}  # by branch
         self._owes: set[str] = set()  # branches whose call was skipped when it was to search
         self._generation = -1
-        self._set_ups: dict[object, tuple[TokenLayout, torch.device, Any]] = {}  # by method
+        self._set_ups: dict[tuple[object, TokenLayout, torch.device], Any] = {}  # by method, layout and device
 
     def set_tokens(self, layout: TokenLayout, padding: int | None) -> None:
         """Says where the tokens of the coming call are, before :meth:`prepare`.
@@ -192,9 +194,8 @@ class Site:
 
     @property
     def is_unused(self) -> bool:
-        """After a call of the root, if :meth:`settle` gave None: whether the module was never called."""
-        decides = self.plan is not None or self.search is not None or self.operator is not None
-        return decides and not self.reached and not self.acted
+        """After a call of the root: whether the module was not called, so that there is nothing to count."""
+        return not self.reached and not self.acted
 
     def rest(self) -> None:
         """Makes calls stock again until the next :meth:`prepare`, and lets go of the plan."""
@@ -202,6 +203,7 @@ class Site:
         self.operator = None
         self.memory, self.found_memory, self.measured = None, (), None
         self.active, self.call, self.is_stock = (), None, True
+        self.reached, self.acted = False, False
 
     def forget(self) -> None:
         """Drops every plan that was kept."""
@@ -221,12 +223,13 @@ class Site:
     def _setup_for(
         self, search: DynamicAttnProcessor | OperatorAttnProcessor, layout: TokenLayout, device: torch.device
     ) -> Any:
-        kept = self._set_ups.get(search)
-        if kept is None or kept[:2] != (layout, device):
+        key = (search, layout, device)
+        if key not in self._set_ups:
+            while len(self._set_ups) >= _SET_UPS_KEPT:
+                self._set_ups.pop(next(iter(self._set_ups)))
             with torch.inference_mode(False):  # what is kept may be used in training later
-                kept = (layout, device, search.set_up(self.info, layout, device))
-            self._set_ups[search] = kept
-        return kept[2]
+                self._set_ups[key] = search.set_up(self.info, layout, device)
+        return self._set_ups[key]
 
     def attend(
         self,

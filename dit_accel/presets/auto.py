@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..plan.simulate import computed_share
 from ..processors import (
     ATTENTION,
     BlockRoutingAttnProcessor,
@@ -262,9 +263,9 @@ def _estimate(recipe: SparseAttnProcessor, method: str, situation: Situation) ->
 
 
 def _density(recipe: SparseAttnProcessor, layout: TokenLayout) -> float:
-    """Kept pairs over all pairs: counted where they follow from the layout, else what is to be expected."""
+    """Computed pairs over all pairs: counted where they follow from the layout, else what is to be expected."""
     if isinstance(recipe, StaticAttnProcessor):
-        return recipe.build_plan(layout, torch.device("cpu")).density
+        return computed_share(recipe.build_plan(layout, torch.device("cpu")))
     video = _expected_density(recipe, layout.length)
     shown = (layout.length - layout.text_tokens) / layout.length
     return video * shown**2 + 1 - shown**2

@@ -54,6 +54,23 @@ def test_nothing_is_reused_while_attention_warms_up(wan: Subject) -> None:
     assert computed_steps(handle) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("start", "computed", "calls"), [(4, [4], (1, 0)), (1, [1, 2], (0, 2)), (0, [0, 1, 2], (0, 3))]
+)
+def test_the_dense_steps_are_those_of_the_whole_schedule(
+    wan: Subject, start: int, computed: list[int], calls: tuple[int, int]
+) -> None:
+    """Video to video leaves the first steps out, and with them the dense ones: the cache makes up for none."""
+    cache = Cache(Whole(), Static(compute_steps=(0,)))
+    latents, prompt = torch.randn(1, 16, 3, 24, 16), wan.inputs["prompt_embeds"]
+    with dit_accel.accelerate(wan.root, routing(dense_steps=3), cache=cache) as handle, torch.no_grad():
+        for step in range(start, STEPS):
+            handle.clock.set_step(step, STEPS, "cond")
+            wan.root(latents, torch.tensor([900 - step]), prompt, return_dict=False)
+    assert computed_steps(handle) == computed
+    assert set(sparse_calls(handle).values()) == {calls}
+
+
 def test_attention_stays_dense_while_the_cache_warms_up(wan: Subject) -> None:
     cache = Cache(Whole(), Static(compute_steps=(0, 6)), limits=Limits(warmup=3))
     with dit_accel.accelerate(wan.pipe, routing(), cache=cache) as handle:

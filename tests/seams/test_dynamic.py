@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import dit_accel
 from dit_accel.kernels.search.plan import count_density, dynamic_plan
+from dit_accel.kernels.token_order import pixel_order
 from dit_accel.processors import BlockRoutingAttnProcessor, DynamicAttnProcessor, SparseAttnProcessor
 
 ODD = {"height": 240, "width": 208, "num_frames": 13}  # 4 x 15 x 13 tokens
@@ -283,6 +284,15 @@ def test_a_method_may_have_a_token_order_and_tell_layers_apart(t2v):
         assert [site.kept / site.sparse_calls < 0.5 for site in report.sites] == [amount < 1 for amount in amounts]
 
 
+def test_set_ups_of_a_few_layouts_are_kept(t2v):
+    processor = Reversed((0.5, 0.5))
+    with dit_accel.accelerate(t2v.root, processor) as handle, torch.no_grad():
+        for frames in (1, 2, 3, 4, 5, 2, 1):
+            call_wan(handle, t2v, 0, frames=frames)
+        assert {len(site._set_ups) for site in sites_of(handle) if site.info.kind == "self"} == {4}
+    assert [layout.grid[0] for layer, layout in processor.setups if layer == 0] == [1, 2, 3, 4, 5, 1]
+
+
 def test_methods_that_are_neither_kind_are_refused(t2v):
     class Neither(SparseAttnProcessor):
         def settings(self):
@@ -362,15 +372,22 @@ def test_plans_found_by_compiled_code_own_their_lists(t2v):
         assert mine.indices.data_ptr() != theirs.indices.data_ptr() and mine.full_counts is mine.counts
 
 
-@pytest.mark.parametrize("method", ["neighborhood", "block_routing", "compensated", "vmoba", "agent", "grid"])
-def test_what_is_set_up_under_inference_mode_serves_training_later(t2v, method):
+METHODS = ["neighborhood", "block_routing", "compensated", "vmoba", "agent", "grid"]
+BY_PIXEL = {"token_order": lambda layout: pixel_order(layout.grid)}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [*((method, {}) for method in METHODS), ("neighborhood", BY_PIXEL), ("block_routing", BY_PIXEL)],
+)
+def test_what_is_set_up_under_inference_mode_serves_training_later(t2v, method, options):
     inputs = {
         "hidden_states": torch.randn(1, 16, 3, 4, 4),
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": torch.randn(1, 16, 64),
         "return_dict": False,
     }
-    with dit_accel.accelerate(t2v.pipe, method, dense_steps=0, dense_layers=0) as accelerated:
+    with dit_accel.accelerate(t2v.pipe, method, dense_steps=0, dense_layers=0, **options) as accelerated:
         with torch.inference_mode():
             accelerated.clock.set_step(0, 4)
             t2v.root(**inputs)

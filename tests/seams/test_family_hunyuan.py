@@ -13,7 +13,7 @@ from dit_accel.families import hunyuan
 from dit_accel.install import BoundProcessor
 from dit_accel.kernels.sparse_plan import plan_from_blocks
 from dit_accel.layout import TokenLayout
-from dit_accel.processors import StaticAttnProcessor
+from dit_accel.processors import BlockRoutingAttnProcessor, StaticAttnProcessor
 
 from .conftest import build_hunyuan
 
@@ -63,6 +63,20 @@ class Blocks(StaticAttnProcessor):
 
     def settings(self):
         return {"width": self.width}
+
+
+class Routing(BlockRoutingAttnProcessor):
+    """Searches once, in a dense call; notes the layouts that each site is set up for."""
+
+    dense_first = True
+
+    def __init__(self):
+        super().__init__(block=64, amount=0.5, search_every=99, dense_steps=0, dense_layers=0)
+        self.layouts = {}
+
+    def set_up(self, site, layout, device):
+        self.layouts.setdefault(site.path, []).append(layout)
+        return super().set_up(site, layout, device)
 
 
 # ---- where the tokens are -------------------------------------------------------------------------------------------
@@ -215,6 +229,35 @@ def test_calls_without_named_branches_are_one_generation(subject):
         state = handle.clock.state
         assert (state.generation, state.step, state.branch) == (0, 1, "call1")
     assert [layout.padding for layout in notes.layouts[::3]] == [3, 8, 3, 8]
+
+
+def test_texts_that_differ_in_length_are_one_generation(subject):
+    """Not by their mask alone, but in the number of tokens: the layouts differ, the grid does not."""
+    root, method, states = subject.root, Routing(), []
+    calls = [
+        {"encoder_hidden_states": torch.randn(1, words, 32), "encoder_attention_mask": shown(words, words=words)}
+        for words in (10, 14)
+    ]
+    with dit_accel.accelerate(root, method) as handle, torch.no_grad():
+        for step in (900.0, 500.0, 100.0):
+            for call in calls:
+                root(**inputs_of(root) | call, timestep=torch.tensor([step]))
+                states.append(handle.clock.state)
+        report = handle.report()
+    wanted = [(0, step, branch) for step in range(3) for branch in ("call0", "call1")]
+    assert [(state.generation, state.step, state.branch) for state in states] == wanted
+    assert [state.layout.text_tokens for state in states] == [10, 14] * 3
+    # Each branch searches at its first step, and follows its plan at the others.
+    assert [(site.sparse_calls, site.dense_calls) for site in report.sites] == [(4, 2)] * 3
+
+
+def test_branches_of_different_words_are_set_up_once_each(subject):
+    masks = {"prompt_attention_mask": shown(7), "negative_prompt_attention_mask": shown(2)}
+    with dit_accel.accelerate(subject.pipe, method := Routing()):
+        subject.run(**masks, num_inference_steps=3)
+    assert len(method.layouts) == 3
+    for layouts in method.layouts.values():
+        assert [layout.text_tokens for layout in layouts] == [7, 2]
 
 
 def inputs_of(root):

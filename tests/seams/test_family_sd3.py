@@ -6,6 +6,7 @@ import torch
 
 import dit_accel
 from dit_accel.layout import TokenLayout
+from dit_accel.processors import BlockRoutingAttnProcessor
 
 
 class Layouts(dit_accel.AttentionControl):
@@ -53,3 +54,21 @@ def test_the_text_range_is_where_the_text_is(make_image_subject):
     assert first.shape == (2, 2, 10, 8)  # unwanted and wanted prompt, heads, tokens, head size
     assert torch.equal(first[0], other_words[0]) and not torch.allclose(first[1], other_words[1])
     assert torch.equal(first, other_image)
+
+
+def test_layers_that_guidance_leaves_out_are_not_counted(make_image_subject):
+    """Skip-layer guidance of SD 3.5 calls the model once more without some layers, in dense steps and in others."""
+    root = make_image_subject("sd3").root
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 16, 12),
+        "encoder_hidden_states": torch.randn(1, 10, 32),
+        "pooled_projections": torch.randn(1, 24),
+        "timestep": torch.tensor([900.0]),
+    }
+    calls, method = [], BlockRoutingAttnProcessor(block=64, dense_steps=1, dense_layers=0)
+    with dit_accel.accelerate(root, method) as handle, torch.no_grad():
+        for step, skipped in ((0, [1]), (0, None), (1, [1])):
+            handle.clock.set_step(step, 2)
+            root(**inputs, skip_layers=skipped)
+            calls.append([(site.sparse_calls, site.dense_calls) for site in handle.report().sites])
+    assert calls == [[(0, 1), (0, 0)], [(0, 2), (0, 1)], [(1, 2), (0, 1)]]

@@ -6,6 +6,11 @@ import pytest
 import torch
 
 import dit_accel
+from dit_accel.caching import Cache
+from dit_accel.caching.policies.static import Static
+from dit_accel.caching.scopes.output import Output
+from dit_accel.install import BoundProcessor
+from dit_accel.processors import BlockRoutingAttnProcessor
 
 BLOCKS = {
     "block_out_channels": (4, 8, 8),
@@ -87,3 +92,90 @@ def test_attention_by_other_names_stays_stock(make_unet):
     with dit_accel.accelerate(unet, controls=[Grids()]):
         left = {path for path, processor in unet.attn_processors.items() if type(processor) is stock[path]}
     assert left and all(".fuser." in path for path in left)
+
+
+def routing():
+    """Sparse in every call."""
+    return BlockRoutingAttnProcessor(block=64, dense_steps=0, dense_layers=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "listed"),
+    [
+        ({"attention": routing()}, "attn1"),
+        ({"controls": [Grids("cross")]}, "attn2"),
+        ({"cache": Cache(Output(), Static(compute_steps=(0,)))}, None),
+    ],
+)
+def test_other_processors_are_reported_where_something_acts(make_image_subject, options, listed):
+    """Attention slicing puts others on all modules, as ``pipe.enable_attention_slicing()`` does."""
+    unet = make_image_subject("sd15").root
+    with dit_accel.accelerate(unet, **options) as handle:
+        assert handle.report().fallbacks == {}
+        unet.set_attention_slice("max")
+        report = handle.report()
+    wanted = {f"{path}.{listed}" for path, _ in unet.named_modules() if path.endswith("transformer_blocks.0")}
+    assert {path.partition(":")[2] for path in report.fallbacks} == (wanted if listed else set())
+
+
+def adapter_on(module):
+    """The processor of an IP-Adapter, which has weights of its own."""
+    from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+
+    module.set_processor(IPAdapterAttnProcessor2_0(module.to_q.out_features, module.to_k.in_features))
+
+
+@pytest.fixture
+def adapted(make_image_subject):
+    """Stable Diffusion 1.5 with an IP-Adapter on all of its cross-attention."""
+    subject = make_image_subject("sd15")
+    for path, module in list(subject.root.named_modules()):
+        if path.endswith(".attn2"):
+            adapter_on(module)
+    return subject
+
+
+def call_adapted(unet):
+    """One call, with four tokens of an image beside the text."""
+    torch.manual_seed(3)
+    text = (torch.randn(1, 10, 32), [torch.randn(1, 4, 32)])
+    with torch.no_grad():
+        return unet(torch.randn(1, 4, 9, 13), torch.tensor(500), text, return_dict=False)[0]
+
+
+def test_cross_attention_with_an_adapter_stays_stock(adapted):
+    unet = adapted.root
+    stock, before = call_adapted(unet), unet.attn_processors
+    with dit_accel.accelerate(unet, routing()) as handle:
+        now = unet.attn_processors
+        assert all((now[path] is before[path]) is (".attn2." in path) for path in before)
+        assert torch.isfinite(call_adapted(unet)).all()
+        report = handle.report()
+    assert report.fallbacks == {}
+    assert [(site.kind, site.sparse_calls, site.dense_calls) for site in report.sites] == [("self", 1, 0)] * 4
+    assert unet.attn_processors == before and torch.equal(call_adapted(unet), stock)
+
+
+def test_an_adapter_is_refused_where_something_acts(adapted):
+    unet = adapted.root
+    stock, before = call_adapted(unet), unet.attn_processors
+    with pytest.raises(ValueError, match=r"IPAdapterAttnProcessor2_0 at .*attn2 has weights of its own"):
+        dit_accel.accelerate(unet, routing(), controls=[Grids("cross")])
+    assert unet.attn_processors == before and torch.equal(call_adapted(unet), stock)
+    adapter_on(unet.mid_block.attentions[0].transformer_blocks[0].attn1)
+    for options in ({"attention": routing()}, {"controls": [Grids("cross")]}):
+        with pytest.raises(ValueError, match=r"mid_block.*attn1 has weights|attn2 has weights"):
+            dit_accel.accelerate(unet, **options)
+    assert not any(isinstance(processor, BoundProcessor) for processor in unet.attn_processors.values())
+    assert dit_accel.acceleration_of(unet) is None
+
+
+def test_unloading_an_adapter_takes_the_method_off_and_says_so(adapted):
+    """It renews all processors, ours among them."""
+    handle = dit_accel.accelerate(adapted.pipe, routing())
+    with pytest.warns(UserWarning, match="BlockRoutingAttnProcessor is off"):
+        adapted.pipe.unload_ip_adapter()
+    found = {type(processor).__name__ for processor in adapted.root.attn_processors.values()}
+    assert found == {"AttnProcessor2_0"} and dit_accel.acceleration_of(adapted.pipe) is None
+    assert torch.isfinite(adapted.run()).all()
+    handle.remove()

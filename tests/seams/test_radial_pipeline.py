@@ -98,6 +98,18 @@ def test_report_counts_and_speaks(t2v):
     assert report.to_dict()["density"] == pytest.approx(report.density)
 
 
+def test_the_density_in_the_plan_is_of_the_calls_that_are_counted(t2v):
+    """Plans of earlier sizes are kept, but say nothing of the run that is reported."""
+    densities = {frames: radial_plan((frames, 15, 13), block=64).density for frames in (3, 7)}
+    assert densities[7] < densities[3]
+    with dit_accel.accelerate(t2v.pipe, "radial", block=64, dense_steps=0, dense_layers=0) as handle:
+        t2v.run(**ODD | {"num_frames": 9})
+        assert handle.report().plan_density == pytest.approx(densities[3])
+        handle.reset_report()
+        t2v.run(**ODD)
+        assert handle.report().plan_density == pytest.approx(densities[7])
+
+
 def test_a_mask_from_the_model_means_dense_and_is_said_aloud(t2v, monkeypatch):
     block = t2v.pipe.transformer.blocks[1].attn1
     stock = type(block).forward

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 import dit_accel
 from dit_accel.install import BoundProcessor
-from dit_accel.processors import RadialAttnProcessor
+from dit_accel.processors import BlockRoutingAttnProcessor, RadialAttnProcessor
 
 
 def radial(**settings) -> RadialAttnProcessor:
@@ -90,6 +92,48 @@ def test_stock_processor_takes_ours_off(t2v):
         assert kinds_of(t2v.pipe.transformer) == {False}
         assert dit_accel.acceleration_of(t2v.pipe) is None
         assert torch.equal(t2v.run(), stock)
+
+
+def test_processors_that_diffusers_sets_by_itself_take_ours_off_aloud(make_image_subject):
+    """Who fuses projections asked for no other attention, unlike who sets a processor by hand."""
+    sd3, method = make_image_subject("sd3"), BlockRoutingAttnProcessor(block=64, dense_steps=0, dense_layers=0)
+    stock = sd3.run()
+    dit_accel.accelerate(sd3.pipe, method)
+    with pytest.warns(UserWarning, match=r"BlockRoutingAttnProcessor is off; call accelerate\(\) again") as caught:
+        sd3.root.fuse_qkv_projections()
+    told = [Path(each.filename).name for each in caught if "dit_accel" in str(each.message)]
+    assert told == [Path(__file__).name]  # it points at the user
+    assert dit_accel.acceleration_of(sd3.pipe) is None and torch.allclose(sd3.run(), stock, atol=1e-4)
+    with dit_accel.accelerate(sd3.pipe, method) as handle:
+        sd3.run()
+        assert [(site.sparse_calls, site.dense_calls) for site in handle.report().sites] == [(2, 0)] * 2
+        with pytest.warns(UserWarning, match="BlockRoutingAttnProcessor is off"):
+            sd3.root.unfuse_qkv_projections()
+        assert kinds_of(sd3.root) == {False} and torch.equal(sd3.run(), stock)
+
+
+def test_caches_outlive_processors_that_diffusers_sets(make_image_subject):
+    sd3 = make_image_subject("sd3")
+    method = BlockRoutingAttnProcessor(block=64, dense_steps=0, dense_layers=0)
+    dit_accel.accelerate(sd3.pipe, method, cache="static", cache_settings={"compute_steps": [0], "steps": 2})
+    with pytest.warns(UserWarning, match=r"is off; set it once more with set_attn_processor\(\)"):
+        sd3.root.fuse_qkv_projections()
+    sd3.root.set_attn_processor(method)
+    with dit_accel.acceleration_of(sd3.pipe) as handle:
+        sd3.run()
+        assert handle.processor is method and len(handle.caches.engines) == 1
+        assert [(site.sparse_calls, site.dense_calls) for site in handle.report().sites] == [(1, 0)] * 2
+
+
+def test_processors_that_users_set_take_ours_off_without_a_word(t2v):
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for target in (t2v.pipe, t2v.root):
+            target.set_attn_processor(radial())
+            target.set_attn_processor(WanAttnProcessor())
+            assert dit_accel.acceleration_of(t2v.pipe) is None
 
 
 def test_a_dict_of_stock_processors_serves_both_experts(two_experts):
@@ -197,6 +241,15 @@ def test_weights_may_be_elsewhere_until_they_are_needed(t2v):
     with dit_accel.accelerate(t2v.pipe, radial()) as handle, offloaded(t2v.pipe.transformer):
         assert torch.equal(t2v.run(), wanted)
         assert {plan.device.type for plan in handle._plans.values()} == {"cpu"}
+
+
+def test_the_report_names_the_backend_of_the_device_at_work(t2v):
+    """Where weights were when the model was accelerated says little: pipelines are moved, and offloaded."""
+    model = t2v.pipe.transformer
+    with offloaded(model), dit_accel.accelerate(model, radial()) as handle:
+        assert "on meta" in handle.report().backend_reason
+        t2v.run()
+        assert "on cpu" in handle.report().backend_reason
 
 
 def test_a_recipe_put_on_a_module_by_hand_explains_itself(t2v):

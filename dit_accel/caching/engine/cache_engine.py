@@ -44,8 +44,8 @@ class CacheEngine(UnitSeams):
         timer: takes the time that the cache itself needs; None for none.
 
     Attributes:
-        warmup: first steps that are computed besides those of the recipe's limits; the acceleration sets it, so that
-            cache and sparse attention warm up together.
+        warmup: first steps of the whole schedule that are computed, besides those of the recipe's limits; the
+            acceleration sets it, so that cache and sparse attention warm up together.
         others: the other caches of the same acceleration.
     """
 
@@ -170,11 +170,14 @@ class CacheEngine(UnitSeams):
         return leading if here else None
 
     def _limit(self, track: Track, state: StepState) -> str | None:
-        """Steps count from where the generation began: image-to-image runs leave the first ones out."""
+        """Steps count from where the generation began: image-to-image runs leave the first ones out.
+
+        Not so those that sparse attention leaves dense: they are steps of the whole schedule, in which it counts.
+        """
+        if state.step < self.warmup:
+            return "warm-up"
         step = state.step - self._first_step
         steps = None if state.steps is None else state.steps - self._first_step
-        if step < self.warmup:
-            return "warm-up"
         return self.cache.limits.reason(step, steps, track.consecutive, self._reused[state.branch])
 
     def _drop_past(self, state: StepState) -> None:
