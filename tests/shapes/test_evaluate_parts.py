@@ -112,6 +112,13 @@ def test_what_lies_between_two_shapes_is_neither() -> None:
     assert [rank[0][1] if is_clear(rank) else None for rank in ranks] == ["circle", None, "square"]
 
 
+def test_a_square_on_its_corner_is_no_circle() -> None:
+    x, y = torch.arange(64) - 31.5, (torch.arange(64) - 31.5)[:, None]
+    turned = [((x + y).abs() ** power + (y - x).abs() ** power) < 28.0**power for power in (2, 3.7, 6, 20)]
+    ranks = [rank_shapes(window(mask[None])) for mask in turned]
+    assert [rank[0][1] if is_clear(rank) else None for rank in ranks] == ["circle", None, None, None]
+
+
 @pytest.mark.parametrize(
     ("radius", "word"),
     [

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..world import RGB
+from ..world import RGB, SHAPES
 from .backdrop import Backdrop, fit_backdrop, name_backdrop, rgb
 from .motion import name_motion
 from .outline import fit_shape, is_clear, name_size, rank_shapes, spread, window
@@ -104,7 +104,7 @@ def _read(small: torch.Tensor, track: Track, scale: float, size: torch.Size) -> 
     times = torch.tensor(track.frames)
     view = window(torch.stack([piece.mask for piece in track.pieces]))
     ranks = rank_shapes(view)
-    overlap, shape = ranks[0]
+    overlap, shape = next(rank for rank in ranks if rank[1] in SHAPES)
     fit = fit_shape(view, shape)
     some = spread(len(times), TEXTURE_FRAMES)
     part = view.pick(some)

@@ -11,6 +11,7 @@ import torch
 from ..world import SHAPES, SIZES, signed_distance
 from .working import moments
 
+DIAMOND = "diamond"  # a square on its corner: none of the world's shapes, but nearer to a circle than to a square
 LEAST_OVERLAP = 0.75  # intersection over union below which a mask is no shape of the world
 CLEAR = 0.02  # how much more the best outline must overlap than the next; the world's differ by 0.1
 SHAPE_FRAMES = 9  # frames that decide which shape it is
@@ -70,14 +71,15 @@ def window(mask: torch.Tensor) -> Window:
 
 
 def rank_shapes(view: Window) -> list[tuple[float, str]]:
-    """Mean intersection over union of masks with every shape, best first."""
-    chosen = view.pick(spread(len(view.mask), SHAPE_FRAMES))
-    return sorted(((float(fit_shape(chosen, shape).overlap.mean()), shape) for shape in SHAPES), reverse=True)
+    """Mean intersection over union of masks with every shape and with :data:`DIAMOND`, best first."""
+    chosen, shapes = view.pick(spread(len(view.mask), SHAPE_FRAMES)), (*SHAPES, DIAMOND)
+    return sorted(((float(fit_shape(chosen, shape).overlap.mean()), shape) for shape in shapes), reverse=True)
 
 
 def is_clear(ranks: list[tuple[float, str]]) -> bool:
-    """Whether the best shape fits, and better than the next."""
-    return ranks[0][0] >= LEAST_OVERLAP and ranks[0][0] - ranks[1][0] >= CLEAR
+    """Whether the best shape is one of the world's and fits, better than the next."""
+    (best, shape), (next_best, _) = ranks[:2]
+    return shape in SHAPES and best >= LEAST_OVERLAP and best - next_best >= CLEAR
 
 
 def fit_shape(view: Window, shape: str, rounds: int = 8) -> Fit:
@@ -87,7 +89,7 @@ def fit_shape(view: Window, shape: str, rounds: int = 8) -> Fit:
 
     Args:
         view: masks.
-        shape: a word of ``SHAPES``.
+        shape: a word of ``SHAPES``, or :data:`DIAMOND`.
         rounds: corrections; the first one is exact for a shape that is not cut.
     """
     area, centroid = moments(view.mask.float())
@@ -106,9 +108,11 @@ def fit_shape(view: Window, shape: str, rounds: int = 8) -> Fit:
 def draw(
     shape: str, centers: torch.Tensor, radius: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
-    """Anti-aliased coverage ``[n, height, width]`` of a shape, as ``render`` draws it."""
+    """Anti-aliased coverage ``[n, height, width]`` of a shape, as ``render`` draws it; of :data:`DIAMOND` too."""
     x = columns + 0.5 - centers[:, 0, None, None]
     y = rows + 0.5 - centers[:, 1, None, None]
+    if shape == DIAMOND:
+        shape, x, y = "square", (x + y) * math.sqrt(0.5), (y - x) * math.sqrt(0.5)
     return (0.5 - signed_distance(shape, x, y, radius[:, None, None])).clamp(0, 1)
 
 
