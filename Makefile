@@ -1,6 +1,6 @@
 # make setup   create .venv with everything (the other targets do it for you)
 # make test    run the tests
-# make demo    render a video on the model that ships, dense and accelerated
+# make demo    render a video on the model that ships, dense and with a feature cache
 # make lint    ruff and mypy
 # make clean   remove the environment, caches, builds and demo/
 #
@@ -53,7 +53,7 @@ test: $(STAMP)
 
 demo: $(STAMP)
 	@mkdir -p demo
-	$(OFFLINE) $(BIN)/dit-accel render "$(PROMPT)" -o demo/red_circle.mp4 --compare --seed 7 --force
+	$(OFFLINE) $(BIN)/dit-accel render "$(PROMPT)" -o demo/red_circle.mp4 --cache snr_gap --steps 50 --compare --seed 7 --force
 	@echo "The video, the comparison and the settings are in $(CURDIR)/demo:"
 	@ls -l demo
 
