@@ -122,8 +122,8 @@ def key_of(pipe: Any, attention: str = "stock") -> Key:
     first = next(iter(roots.values()))
     return Key(
         pipeline=type(pipe).__name__,
-        model=str(_config_of(pipe).get("_name_or_path") or UNKNOWN),
-        config=_hash([type(root).__name__, _public(_config_of(root))] for root in roots.values()),
+        model=str(config_of(pipe).get("_name_or_path") or UNKNOWN),
+        config=_hash([type(root).__name__, _public(config_of(root))] for root in roots.values()),
         weights=_weights(roots),
         scheduler=type(scheduler).__name__,
         shift=None if shift is None else float(shift),
@@ -142,8 +142,15 @@ def guidance_of(pipe: Any) -> Guidance:
     return first, second
 
 
-def _config_of(part: Any) -> dict[str, Any]:
-    return dict(getattr(part, "config", None) or {})
+def fingerprint(part: nn.Module) -> list[str]:
+    """Class, hash of the configuration and hash of the weights of any model in a pipeline, as in a :class:`Key`."""
+    return [type(part).__name__, _hash([_public(config_of(part))]), _weights({"": part})]
+
+
+def config_of(part: Any) -> dict[str, Any]:
+    """The configuration of a part of a pipeline; those of transformers are no mappings."""
+    config = getattr(part, "config", None) or {}
+    return dict(config if isinstance(config, Mapping) else getattr(config, "to_dict", dict)())
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, str]:

@@ -157,13 +157,14 @@ class Bench:
         prompts: all of them; their place is their noise.
         beside: other arguments of ``accelerate()`` for cached runs, such as ``{"attention": "radial"}``.
         perceptual: whether to compute LPIPS, where it can be.
-        progress: keeps every pair on disk; those it has are not run again.
+        progress: keeps every pair on disk; those it has are not run again, but see ``wants_fresh_times``.
 
     Attributes:
         sampler: as given.
         prompts: as given.
         floor: between dense runs so far.
         runs: how many generations were made, dense ones and cached ones.
+        wants_fresh_times: whether seconds are to be of this session; then pairs of an earlier one are run again.
     """
 
     def __init__(
@@ -179,8 +180,10 @@ class Bench:
         self._dense: dict[int, Generation] = {}
         self._progress = progress
         self._pairs: dict[tuple[CacheSpec, int], Pair] = {} if progress is None else dict(progress.pairs)
+        self._old = set(self._pairs)  # of an earlier session
         self.floor = NoiseFloor()
         self.runs = {"dense": 0, "cached": 0}
+        self.wants_fresh_times = False
 
     def run_dense(self, number: int) -> Generation:
         """One more dense run of a prompt; how far it is from its first one lowers the noise floor."""
@@ -200,7 +203,7 @@ class Bench:
             number: of the prompt.
             timed: whether to run dense once more just before it, so that both times are of the same moment.
         """
-        known = self._pairs.get((spec, number))
+        known = None if self._is_stale(spec, number) else self._pairs.get((spec, number))
         if known is not None and (known.dense_seconds is not None or not timed):
             return known
         dense_seconds = self.run_dense(number).seconds if timed or number not in self._dense else None
@@ -210,6 +213,7 @@ class Bench:
         self.runs["cached"] += 1
         pair = compare(self.prompts[number], reference, cached, self._perceptual)
         found = self._pairs[spec, number] = replace(pair, dense_seconds=dense_seconds)
+        self._old.discard((spec, number))
         if self._progress is not None:
             self._progress.add(spec, number, found)
         return found
@@ -221,11 +225,16 @@ class Bench:
         return 0 if schedule is None else int(schedule.dense_step_count(steps))
 
     def measured(self) -> dict[CacheSpec, list[Pair]]:
-        """Every cache that was run, and its pairs."""
+        """Every cache that was run, and its pairs; of this session alone where fresh times are wanted."""
         found: dict[CacheSpec, list[Pair]] = {}
-        for (spec, _), pair in self._pairs.items():
-            found.setdefault(spec, []).append(pair)
+        for (spec, number), pair in self._pairs.items():
+            if not self._is_stale(spec, number):
+                found.setdefault(spec, []).append(pair)
         return found
+
+    def _is_stale(self, spec: CacheSpec, number: int) -> bool:
+        """The machine may have been busier, so seconds of two sessions are not to be compared."""
+        return self.wants_fresh_times and (spec, number) in self._old
 
 
 def speed_up(pairs: Sequence[Pair]) -> float | None:

@@ -12,13 +12,13 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..files import check_writable
 from ..journal import Journal
 from ..machine import device_name
-from .key import Key
+from .key import UNKNOWN, Key, config_of, fingerprint
 from .pairs import Pair
 from .sampling import Sampler
 from .spec import CacheSpec
@@ -71,14 +71,34 @@ class Progress:
 
 
 def context_of(sampler: Sampler, key: Key) -> dict[str, Any]:
-    """Everything that pairs depend on besides their prompts: model, attention, call, noise, versions, machine."""
+    """Everything that pairs depend on besides their prompts: models, sampler, call, noise, versions, machine.
+
+    Raises:
+        ValueError: if the weights of a model are in no memory, so that others in their place would not be noticed.
+    """
+    settings = config_of(getattr(sampler.pipe, "scheduler", None))
     return {
         "key": key.to_json(),
+        "scheduler": {name: _said(value) for name, value in sorted(settings.items()) if not name.startswith("_")},
+        "parts": _parts(sampler.pipe),
         "call": {name: _said(value) for name, value in sorted(sampler.settings.items())},
         "seed": sampler.seed,
         "versions": {"dit_accel": __version__, "torch": str(torch.__version__), "diffusers": diffusers.__version__},
         "machine": device_name(sampler.device),
     }
+
+
+def _parts(pipe: Any) -> dict[str, list[str]]:
+    """Fingerprints of all models: text encoders and autoencoders make pairs, too."""
+    models = {name: part for name, part in sorted(pipe.components.items()) if isinstance(part, nn.Module)}
+    found = {name: fingerprint(model) for name, model in models.items()}
+    unknown = [name for name, said in found.items() if UNKNOWN in said]
+    if unknown:
+        raise ValueError(
+            f"weights of {', '.join(unknown)} are on no device, as after enable_sequential_cpu_offload(), so progress "
+            "could not tell them from others; leave progress out, or put the pipeline on a device"
+        )
+    return found
 
 
 def _kept(value: float | None) -> float | str | None:

@@ -28,6 +28,7 @@ Tell = Callable[[str], None]
 _ROUNDS = 6  # how often the search is repeated with more margin where held-out prompts fail
 _PROBE_PROMPTS = 2
 _FAILED = "fails on held-out prompts"
+_BROKEN = "fails"  # comes to NaN, or takes more memory than there is
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Tuner:
     _bounds: dict[CacheSpec, float] = field(default_factory=dict)
     _notes: dict[str, str] = field(default_factory=dict)
     _shares: dict[CacheSpec, float] = field(default_factory=dict)
+    _probes: set[CacheSpec] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.sampler, self.prompts = self.bench.sampler, self.bench.prompts
@@ -84,6 +86,7 @@ class Tuner:
         self._shares = {rung.spec: rung.share for ladder in ladders for rung in ladder.rungs}
         if not ladders:
             return self.off(nothing)
+        self.bench.wants_fresh_times = self.target.is_time  # after the weights, which go by errors alone
         return self._within_time(ladders) if self.target.is_time else self._at_quality(ladders, offset)
 
     def adopt(self, spec: CacheSpec) -> Profile:
@@ -118,7 +121,9 @@ class Tuner:
             what is to be added to ``-20 log10`` of a predicted error to guess its score.
         """
         errors, finals, scores = [], [], []
-        for spec in prospects.probes():
+        probes = prospects.probes()
+        self._probes.update(probes)
+        for spec in probes:
             for number in range(min(_PROBE_PROMPTS, self.tuned)):
                 pair = self._attempt(spec, number)
                 if pair is None:
@@ -226,7 +231,7 @@ class Tuner:
         """The fastest good one of those that were run for the weights alone, and were good: no walk came by them."""
         if KINDS[0] not in self.kinds:
             return []
-        probes = [each for each in self.bench.measured() if each.computed is not None and each not in self._verdicts]
+        probes = [each for each in self.bench.measured() if each in self._probes and each not in self._verdicts]
         probes = [each for each in probes if self._worst(each) >= self.target.wanted + extra]
         rungs = [Rung(each, len(each.computed or ()) / each.steps, 0.0) for each in probes]
         good = (rung for rung in sorted(rungs, key=self._expected_time) if self._keeps(rung, extra))
@@ -268,17 +273,33 @@ class Tuner:
     def _slowest_in_time(self, ladder: Ladder) -> Rung | None:
         """The most exact rung of a ladder that is fast enough."""
         turned = ladder.rungs[::-1]
-        count = self._untried(turned)
+        count = self._untried(turned, (_FAILED,))
         if ladder.name in self._notes or not count:
             return None
-        best = self._climb(ladder, lambda: last_good(count, count // 2, lambda at: self._is_fast(turned[at])))
+        best = self._climb(ladder, lambda: self._last_in_time(turned, count))
         return None if best is None else turned[best]
 
-    def _is_fast(self, rung: Rung) -> bool:
-        """Whether a call takes no longer than asked for; the median, since all prompts take the same but for noise."""
+    def _last_in_time(self, turned: Sequence[Rung], count: int) -> int | None:
+        """The last that is fast enough of the first rungs, which get slower.
+
+        One that fails says nothing about time: first slower ones are tried, which may well work, then faster ones.
+        """
+        best = last_good(count, count // 2, lambda at: self._is_fast(turned[at]) is not False)
+        if best is None or self._verdicts.get(turned[best].spec) != _BROKEN:
+            return best
+        return last_good(best, best - 1, lambda at: self._is_fast(turned[at]) is True)
+
+    def _is_fast(self, rung: Rung) -> bool | None:
+        """Whether a call takes no longer than asked for; the median, since all prompts take the same but for noise.
+
+        Returns:
+            None for a cache that fails.
+        """
+        if self._verdicts.get(rung.spec) == _BROKEN:
+            return None
         pairs = [pair for number in range(self.tuned) if (pair := self._attempt(rung.spec, number)) is not None]
         if len(pairs) < self.tuned:
-            return False
+            return None
         seconds = statistics.median(pair.seconds for pair in pairs)
         fast = seconds <= self.target.value
         self._verdicts[rung.spec] = "fast enough" if fast else "too slow"
@@ -301,9 +322,9 @@ class Tuner:
             self.tell(f"left out: {ladder.name}: {error}")
             return None
 
-    def _untried(self, rungs: Sequence[Rung]) -> int:
-        """How many come before the first that failed on held-out prompts; those behind it would fail too."""
-        failed = (index for index, rung in enumerate(rungs) if self._verdicts.get(rung.spec) == _FAILED)
+    def _untried(self, rungs: Sequence[Rung], ends: Sequence[str] = (_FAILED, _BROKEN)) -> int:
+        """How many come before the first with a verdict that ends a ladder; those behind it would fail too."""
+        failed = (index for index, rung in enumerate(rungs) if self._verdicts.get(rung.spec) in ends)
         return next(failed, len(rungs))
 
     def _run(self, spec: CacheSpec, number: int, timed: bool = False) -> Pair:
@@ -314,7 +335,7 @@ class Tuner:
         try:
             return self._run(spec, number, timed)
         except (NotFinite, torch.OutOfMemoryError) as error:
-            self._verdicts[spec] = _FAILED
+            self._verdicts[spec] = _BROKEN
             self.tell(f"fails ({str(error).partition(chr(10))[0]}): {spec.describe()}")
             return None
 

@@ -66,7 +66,7 @@ def tune(
         force: tunes few-step models too, where caching is off by itself.
         tell: is given one line about everything that happens.
         progress: a file in which every pair is kept as it is measured, so that the same call, after it was cut off,
-            goes on from there; dense runs that are recorded are made again.
+            goes on from there; dense runs that are recorded are made again, and with ``max_time`` whatever is timed.
         **call: arguments of the pipeline's call, such as ``num_inference_steps=50, height=480``.
 
     Returns:
@@ -75,7 +75,7 @@ def tune(
     Raises:
         ValueError: for none or several targets, prompts that are too few or held out and tuned on at once, settings
             the pipeline does not take, a target above the noise floor, an accelerated pipeline, progress of other
-            settings.
+            settings, or of weights that are on no device.
         OSError: if the file of progress cannot be written.
     """
     target = target_from(target_psnr, target_ssim, max_rel_error, max_time)
