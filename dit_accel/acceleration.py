@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .caching.report import cache_report
+from .caching.report import cache_report, reused_places
 from .caching.together import Anchor, Caches
 from .clock import StepClock, StepState
 from .controls import AttentionControl
@@ -105,6 +105,8 @@ class Acceleration:
         sites = self._tally.read()
         densities = self._tally.densities.read() if self.processor is not None else None
         times = None if self._timer is None else self._timer.read()
+        records = [engine.record for engine in self.caches.engines]
+        reused = {place for record in records for place in reused_places(record)}
         return Report(
             method=repr(self.processor) if self.processor else None,
             backend=self._backend[0] if self._backend else None,
@@ -115,7 +117,7 @@ class Acceleration:
             fallbacks=dict(self._tally.fallbacks),
             preset=self._completed.describe() if self._completed else None,
             choices={expert: chosen.report() for expert, chosen in self._choices.items()},
-            caches=[cache_report(engine.record, times, densities) for engine in self.caches.engines],
+            caches=[cache_report(record, times, densities, reused) for record in records],
             timing=times,
             step_densities=by_expert(densities or {}),
         )
@@ -235,8 +237,8 @@ class Acceleration:
         self._steps[1].add(state.step)
         device = installed.device
         processor = self._recipe(installed, state)
-        if self.caches and processor is not None:
-            processor = self._beside_caches(processor, state)
+        if self.caches:  # they warm up with the method; with dense attention no warm-up of an earlier choice is left
+            self.caches.warm_up(0 if processor is None else processor.schedule.dense_step_count(state.steps))
         if processor is not None and self._begun.get(installed.expert) != state.generation:
             self._begun[installed.expert] = state.generation
             self._note_backend(processor, installed)
@@ -245,12 +247,14 @@ class Acceleration:
         for site in installed.sites.values():
             if processor is None or not self._is_sparse(processor, site, state):
                 site.prepare(state)
-            elif isinstance(processor, DynamicAttnProcessor):
-                site.prepare(state, search=processor, device=device, renew=renew)
-            elif isinstance(processor, OperatorAttnProcessor):
-                site.prepare(state, operator=processor, device=device)
+                continue
+            method = self._at_anchor(processor, site, state)
+            if isinstance(method, DynamicAttnProcessor):
+                site.prepare(state, search=method, device=device, renew=renew)
+            elif isinstance(method, OperatorAttnProcessor):
+                site.prepare(state, operator=method, device=device)
             else:
-                site.prepare(state, self._plan(processor, site, state, device))
+                site.prepare(state, self._plan(method, site, state, device))
         if self._timer is not None:
             self._timer.begin(state, installed.device)
 
@@ -292,10 +296,9 @@ class Acceleration:
             self.caches and self.caches.keeps_dense(site.info, state)
         )
 
-    def _beside_caches(self, processor: SparseAttnProcessor, state: StepState) -> SparseAttnProcessor:
-        """Lets caches warm up with the method; the method itself, or one that keeps more after skipped calls."""
-        self.caches.warm_up(processor.schedule.dense_step_count(state.steps))
-        factor = self.caches.density_factor(state)
+    def _at_anchor(self, processor: SparseAttnProcessor, site: Site, state: StepState) -> SparseAttnProcessor:
+        """The method of a site; one that keeps more where the call follows several that were skipped there."""
+        factor = self.caches.density_factor(site.info, state)
         if factor == 1:
             return processor
         if (processor, factor) not in self._raised:

@@ -132,6 +132,16 @@ class CacheRecord:
         """
         self.units[expert] = dict(units)
 
+    def begin(self, generation: int) -> None:
+        """Drops what is of an earlier generation; the new one counts from its first decision, and may have none.
+
+        Args:
+            generation: as the clock counts them.
+        """
+        if generation != self._generation:
+            self.decisions.clear()
+            self.audits.clear()
+
     def append(self, decision: Decision) -> None:
         """Takes note of a decision; the first one of a generation drops those of the generation before."""
         self._enter(decision.generation)
@@ -169,12 +179,10 @@ class CacheRecord:
         self.generations, self._generation = 0, None
 
     def _enter(self, generation: int) -> None:
-        if generation == self._generation:
-            return
-        self._generation = generation
-        self.generations += 1
-        self.decisions.clear()
-        self.audits.clear()
+        self.begin(generation)
+        if generation != self._generation:
+            self._generation = generation
+            self.generations += 1
 
 
 def share_of(unit: Unit, blocks: int) -> float | None:

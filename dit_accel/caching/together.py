@@ -1,8 +1,8 @@
 """All caches of one acceleration, and what they and sparse attention owe each other.
 
 Both warm up together. Blocks that a cache probes attend densely, or the probe would measure the change of mask. A site
-that was to renew its plan in a skipped call does so at its next one. With an anchor the first computed call after
-several skipped ones keeps more, since the next ones are predicted from it.
+that was to renew its plan in a skipped call does so at its next one. With an anchor sites that were skipped several
+times in a row then keep more, since the next calls are predicted from it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..controls import SiteInfo
     from ..install import RootInstallation
     from ..timing import Timer
+    from .unit import Unit
 
 Undo = Callable[[], None]
 
@@ -28,6 +29,8 @@ Undo = Callable[[], None]
 @dataclass(frozen=True)
 class Anchor:
     """What the first computed call after skipped ones keeps, as it is what later ones are predicted from.
+
+    It acts on attention that is skipped with its call, not where a cache decides unit by unit.
 
     Attributes:
         factor: on the density of sparse attention, 1 or more.
@@ -66,6 +69,7 @@ class Caches:
             engine.others = tuple(other for other in self.engines if other is not engine)
         self.anchor = anchor
         self._block_of: dict[str, dict[str, int]] = {}  # by expert: index of the block that a site is in
+        self._units_of: dict[tuple[str, str, str], list[tuple[CacheEngine, Unit]]] = {}  # by expert, site and branch
 
     def __bool__(self) -> bool:
         return bool(self.engines)
@@ -104,12 +108,34 @@ class Caches:
             for engine in self.engines
         )
 
-    def density_factor(self, state: StepState) -> float:
-        """On the density of the coming call, if it is computed."""
+    def density_factor(self, site: SiteInfo, state: StepState) -> float:
+        """On the density of a site in the coming call, if it is computed.
+
+        More where the calls before were skipped there. Caches that decide unit by unit ask for nothing: which units
+        they skipped is not known of a call, and where they skip some in each call, there would be more in each.
+        """
         if self.anchor is None:
             return 1.0
-        skipped = max((engine.consecutive(state.expert, state.branch) for engine in self.engines), default=0)
-        return self.anchor.factor if skipped >= self.anchor.after else 1.0
+        for engine, unit in self._covering(site, state.branch):
+            skipped = engine.consecutive(state.expert, state.branch)
+            # What may not be skipped at this step runs in calls that are reused, too.
+            if skipped >= self.anchor.after and engine.cache.scope.is_active(unit, state.step, state.steps):
+                return self.anchor.factor
+        return 1.0
+
+    def _covering(self, site: SiteInfo, branch: str) -> list[tuple[CacheEngine, Unit]]:
+        """The units that a site is in, of the caches that decide about whole calls; looked up once, as names are."""
+        key = (site.expert, site.path, branch)
+        if key not in self._units_of:
+            index = self._block_of[site.expert].get(site.path)
+            self._units_of[key] = [
+                (engine, unit)
+                for engine in self.engines
+                if engine.cache.policy.moment is not Moment.UNIT
+                for unit in engine.units[site.expert]
+                if unit.covers(index, site.path, branch)
+            ]
+        return self._units_of[key]
 
     def skipped(self, site: SiteInfo) -> bool:
         """Whether the call that has just ended skipped the block of a site."""

@@ -31,3 +31,19 @@ class Unit:
     def is_module(self) -> bool:
         """Whether it is one module within a block."""
         return self.kind in ("self", "cross", "joint", "temporal", "mlp")
+
+    def covers(self, block: int | None, path: str, branch: str) -> bool:
+        """Whether a module is skipped where the unit is.
+
+        Args:
+            block: index among all blocks of the one that it is in; None outside of them.
+            path: its name within the root.
+            branch: of guidance that is called; of a batch that holds both, guidance still runs one half.
+        """
+        return (
+            self.kind == "output"
+            or (self.kind == "blocks" and block is not None and self.first <= block <= self.last)
+            or (self.is_module and self.path == path)
+            or (self.kind == "deep" and f"{path}.".startswith(self.inside))
+            or (self.kind == "guidance" and branch == "uncond")
+        )

@@ -187,6 +187,7 @@ class CacheEngine(UnitSeams):
             self._first_step = state.step
             self._reused.clear()
             self.forget()
+            self.record.begin(state.generation)
         elif before.expert != state.expert and before.step != state.step:
             for expert, branch in list(self._tracks):
                 if expert != state.expert:

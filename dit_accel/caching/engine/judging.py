@@ -84,14 +84,15 @@ class Judging:
         return self._audited(call, Verdict(wants, "policy", judge.value, judge.threshold))
 
     def _audited(self, call: OpenCall, verdict: Verdict) -> Verdict:
+        """Turns an answer around where a call is audited: decided once, for all units of it that would be reused."""
         audit, track = self._cache.audit, call.track
         if verdict.computes or audit is None:
             return verdict
-        track.unaudited += 1
-        if track.unaudited < audit.every:
-            return verdict
-        track.unaudited = 0
-        return replace(verdict, computes=True, reason="audit", audits=True)
+        if call.audits is None:
+            track.unaudited += 1
+            call.audits = track.unaudited >= audit.every
+            track.unaudited = 0 if call.audits else track.unaudited
+        return replace(verdict, computes=True, reason="audit", audits=True) if call.audits else verdict
 
     def _judge(self, call: OpenCall, key: str | None, unit: Unit) -> Judge:
         policy, judges, steps = self._cache.policy, call.judges, call.state.steps

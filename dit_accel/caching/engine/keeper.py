@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..policies.measure import generated_part
 from ..predictors.base import Kept, Place
 from ..store import Demand, Store
 
@@ -198,18 +199,8 @@ class Keeper:
 
 
 def latents_like(output: Any, latents: Tensor) -> Tensor | None:
-    """The part of the latents that has the shape of an output; None if there is none.
-
-    Models that are given more channels than they make (image to video) have the latents in the first of them.
-    """
-    if not isinstance(output, Tensor) or output.ndim != latents.ndim:
-        return None
-    wrong = [axis for axis in range(output.ndim) if output.shape[axis] != latents.shape[axis]]
-    if not wrong:
-        return latents
-    if len(wrong) == 1 and wrong[0] > 0 and latents.shape[wrong[0]] > output.shape[wrong[0]]:
-        return latents.narrow(wrong[0], 0, output.shape[wrong[0]])
-    return None
+    """The part of the latents that has the shape of an output; None if there is none."""
+    return generated_part(latents, output.shape) if isinstance(output, Tensor) else None
 
 
 def _key(call: OpenCall, unit: Unit) -> _Key:

@@ -49,7 +49,7 @@ class Track:
         computed_step: of the latest call that was computed.
         consecutive: calls reused since then.
         judges: by unit key, None for whole calls; of the branch that decides.
-        unaudited: how often it has decided to reuse since an audit.
+        unaudited: in how many calls it has decided to reuse since an audit.
     """
 
     generation: int
@@ -116,6 +116,7 @@ class OpenCall:
         signal: what the policy is shown.
         tokens: what entered the first block, where a probe is measured.
         probe: what the probe blocks added.
+        audits: whether what it would reuse is computed and compared; None as long as nothing would be reused.
         audited: whether an audit was made in it.
         tightened: whether an audit of its step has tightened the policy.
         paired: whether its batch holds both branches of guidance; None as long as nobody asked.
@@ -133,6 +134,7 @@ class OpenCall:
     signal: Tensor | None = None
     tokens: Tensor | None = None
     probe: Tensor | None = None
+    audits: bool | None = None
     audited: bool = False
     tightened: bool = False
     paired: bool | None = None
@@ -173,14 +175,7 @@ class OpenCall:
     def skipped(self, block: int | None, path: str) -> bool:
         """Whether a block was skipped, by its index among all blocks, or the module at a path within it."""
         skipped = [run.unit for run in self.runs.values() if not run.verdict.computes]
-        return any(
-            unit.kind == "output"
-            or (unit.kind == "blocks" and block is not None and unit.first <= block <= unit.last)
-            or (unit.is_module and unit.path == path)
-            or (unit.kind == "deep" and f"{path}.".startswith(unit.inside))
-            or (unit.kind == "guidance" and self.state.branch == "uncond")  # of a batch the other half was run
-            for unit in skipped
-        )
+        return any(unit.covers(block, path, self.state.branch) for unit in skipped)
 
     def release(self) -> None:
         """Lets go of the tensors of the call, once it has ended; what was decided stays."""

@@ -108,9 +108,9 @@ class UnitSeams:
     def _audit(self, call: OpenCall, predicted: Any, computed: Any) -> None:
         """Takes note of how wrong a prediction would have been, and tightens the policy if it was too wrong."""
         guess, value = main_tensor(predicted), main_tensor(computed)
-        if guess is None or value is None or call.audited or self.cache.audit is None:
+        if guess is None or value is None or not self._wants_audit(call) or self.cache.audit is None:
             return
-        call.audited = True  # the first unit speaks for all: each would wait for the device
+        call.audited = True
         error = float((guess.float() - value.float()).abs().mean() / value.float().abs().mean())
         too_wrong = not error <= self.cache.audit.limit  # NaN is too wrong
         if too_wrong and not (call.leader or call).tightened:  # once for all branches of a step
@@ -118,6 +118,10 @@ class UnitSeams:
             for judge in call.judges.values():
                 judge.tighten(self.cache.audit.factor)
         self.record.add_audit(call.state, error, too_wrong)
+
+    def _wants_audit(self, call: OpenCall) -> bool:
+        """The first unit of a call speaks for all that share its verdict: each comparison waits for the device."""
+        return not call.audited or self.cache.policy.moment is Moment.UNIT
 
     def _write(self, call: OpenCall, unit: str | None, verdict: Verdict) -> None:
         where = (call.state.generation, call.state.step, call.state.branch, call.state.expert)
@@ -254,7 +258,7 @@ class UnitSeams:
         call.done.add(unit.key)
         if not run.verdict.computes:
             return _of_rows(self.keeper.predicted_tree(call, unit), entered)
-        if run.verdict.audits and not call.audited:
+        if run.verdict.audits and self._wants_audit(call):
             run.predicted = _of_rows(self.keeper.predict(call, unit), entered)
         return None
 

@@ -20,7 +20,7 @@ TIMESTEPS = 1000.0
 class Broadcast(Policy):
     """Computes every ``ranges[kind]``-th step, and all steps outside a window of timesteps (PAB, arXiv 2408.12588).
 
-    Steps are counted from the start of the generation, not of the window, as in the authors' code.
+    Steps are counted in the whole schedule, not in the window, as in the authors' code.
 
     Attributes:
         ranges: by kind of unit, the distance of computed steps, from 1; kinds that are not listed are always computed.

@@ -30,6 +30,21 @@ def keep(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
+def generated_part(latents: Tensor, shape: torch.Size) -> Tensor | None:
+    """The part of the latents that has a shape, that of the model's output; None if there is none.
+
+    Models that are given more channels than they make (image to video) have the latents in the first of them.
+    """
+    if len(shape) != latents.ndim:
+        return None
+    wrong = [axis for axis in range(latents.ndim) if shape[axis] != latents.shape[axis]]
+    if not wrong:
+        return latents
+    if len(wrong) == 1 and wrong[0] > 0 and latents.shape[wrong[0]] > shape[wrong[0]]:
+        return latents.narrow(wrong[0], 0, shape[wrong[0]])
+    return None
+
+
 def check_threshold(name: str, value: float) -> None:
     """Raises a ValueError unless it is a finite number from 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:

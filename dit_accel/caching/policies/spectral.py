@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...noise import noise_share
 from ..unit import Unit
 from .base import Judge, Moment, Policy, Sight
-from .measure import check_threshold, keep
+from .measure import check_threshold, generated_part, keep
 from .threshold import ThresholdJudge
 
 
@@ -23,7 +23,8 @@ class Spectral(Policy):
 
     arXiv 2602.18993, on the latents as in diffusers' ``SeaCacheConfig``. Along each axis of the grid the filter is
     Wiener's for a signal of power ``|f|^-exponent`` in ``(1 - sigma) signal + sigma noise``; their product is divided
-    by its mean, so that steps compare. The sum starts anew at each computed step.
+    by its mean, so that steps compare. The sum starts anew at each computed step. Channels beside the latents, of a
+    picture or mask that the model is given, are left out.
 
     Attributes:
         threshold: sum from which on it computes; 0 computes always.
@@ -90,6 +91,7 @@ class _SpectralJudge(ThresholdJudge):
         self.policy = policy
         self._previous: Tensor | None = None
         self._current: tuple[int, Tensor] | None = None  # step, filtered: not filtered again in the same step
+        self._generated: torch.Size | None = None  # shape of what the model gives, once that is known
 
     def measure(self, sight: Sight) -> float | None:
         """See :meth:`ThresholdJudge.measure`."""
@@ -103,11 +105,17 @@ class _SpectralJudge(ThresholdJudge):
 
     def remember(self, sight: Sight, computed: bool, output: Tensor | None) -> None:
         """See :meth:`ThresholdJudge.remember`."""
+        if output is not None and output.shape != self._generated:
+            self._generated, self._current = output.shape, None
         self._previous, self._current = self._filtered(sight), None
 
     def _filtered(self, sight: Sight) -> Tensor:
         if self._current is None or self._current[0] != sight.step:
-            self._current = sight.step, keep(self.policy.filtered(sight))
+            latents = sight.latents
+            if self._generated is not None:  # pictures that the model is given beside them never change
+                part = generated_part(latents, self._generated)
+                latents = latents if part is None else part
+            self._current = sight.step, keep(self.policy.filtered(replace(sight, latents=latents)))
         return self._current[1]
 
 

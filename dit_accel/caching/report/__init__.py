@@ -1,6 +1,6 @@
 """What a cache did: its decisions, put together for people, for JSON and for the picture."""
 
-from .cache_report import CacheReport, cache_report
+from .cache_report import CacheReport, cache_report, reused_places
 from .rows import Cell, Row
 from .speed import Speed, combined_fraction, combined_speedup, predicted_speedup
 
@@ -13,4 +13,5 @@ __all__ = [
     "combined_fraction",
     "combined_speedup",
     "predicted_speedup",
+    "reused_places",
 ]

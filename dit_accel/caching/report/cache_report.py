@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -102,7 +102,7 @@ class CacheReport:
         if said:
             lines.append(f"  speed-up of the model: {', '.join(said)}")
         if not self.rows:
-            lines.append("  NO GAIN: the model has not been called yet")
+            lines.append("  NO GAIN: the model has not been called yet, or had nothing to skip")
         elif not self.gained:
             cost = "not timed (timed=True)" if speed.overhead is None else f"{speed.overhead:.1%}"
             lines.append(f"  NO GAIN: nothing was reused; overhead of the cache {cost}")
@@ -119,10 +119,16 @@ class CacheReport:
         return found
 
 
+def reused_places(record: CacheRecord) -> set[Place]:
+    """The calls of the latest generation in which a cache reused something."""
+    return _reused(rows_of(calls_of(record.decisions), record.units))
+
+
 def cache_report(
     record: CacheRecord,
     times: TimeReport | None = None,
     densities: Mapping[Place, float] | None = None,
+    reused: Collection[Place] = (),
 ) -> CacheReport:
     """Makes the report of a cache.
 
@@ -130,12 +136,11 @@ def cache_report(
         record: what it decided.
         times: of the calls of the same generation, if they were taken.
         densities: kept share of (query, key) pairs in each call of that generation; None without sparse attention.
+        reused: calls in which any cache of the same model reused something, see :func:`reused_places`.
     """
     calls = calls_of(record.decisions)
     rows = rows_of(calls, record.units, densities)
-    is_computed = dict.fromkeys(calls, True)
-    for row in rows:
-        is_computed |= {(row.expert, row.branch, step): False for step in row.reused}
+    is_computed = dict.fromkeys(calls, True) | dict.fromkeys(_reused(rows), False)
     totals = {"computed": record.computed.total(), "reused": record.reused.total()}
     return CacheReport(
         name=record.name,
@@ -150,8 +155,12 @@ def cache_report(
         bytes_most=record.bytes_most,
         estimate=record.estimate,
         downgrades=list(record.downgrades),
-        speed=speed_of(_fraction(calls, record.units), is_computed, times, densities),
+        speed=speed_of(_fraction(calls, record.units), is_computed, times, densities, reused),
     )
+
+
+def _reused(rows: list[Row]) -> set[Place]:
+    return {(row.expert, row.branch, step) for row in rows for step in row.reused}
 
 
 def _unit_counts(rows: list[Row]) -> dict[str, dict[str, tuple[int, int]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -101,6 +101,7 @@ def speed_of(
     is_computed: Mapping[Place, bool],
     times: TimeReport | None,
     densities: Mapping[Place, float] | None,
+    skipped: Collection[Place] = (),
 ) -> Speed:
     """Puts together what is known.
 
@@ -109,12 +110,14 @@ def speed_of(
         is_computed: for every call, whether nothing in it was reused.
         times: of the calls, if taken.
         densities: of sparse attention, by call; None if there is none.
+        skipped: calls in which any cache of the same model reused something.
     """
     share: float | None = None
     cost: float | None = 1.0 if densities is None else None
     measured = seconds_computed = seconds_reused = overhead = None
     if times is not None and times.calls:
-        computed = [call for call in times.calls if is_computed.get(_place(call), True)]
+        full = [call for call in times.calls if _place(call) not in skipped]
+        computed = [call for call in full if is_computed.get(_place(call), True)]
         reused = [call for call in times.calls if not is_computed.get(_place(call), True)]
         dense = [call for call in computed if densities is None or densities.get(_place(call)) == 1.0]
         seconds_computed, seconds_reused = _median(computed), _median(reused)
