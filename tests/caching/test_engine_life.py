@@ -116,6 +116,7 @@ def test_model_offloading_leaves_the_cache_on_and_outlives_it(make_tiny_wan: Cal
     hooks = pytest.importorskip("accelerate.hooks")
     subject = build_subject(make_tiny_wan, "t2v")
     subject.inputs["num_inference_steps"] = STEPS
+    stock = subject.run()
     hooks.add_hook_to_module(subject.root, hooks.ModelHook())
     with dit_accel.accelerate(subject.pipe, cache=Cache(Whole(), Static(compute_steps=(0,)))) as handle:
         for _ in range(2):
@@ -124,9 +125,10 @@ def test_model_offloading_leaves_the_cache_on_and_outlives_it(make_tiny_wan: Cal
             hooks.remove_hook_from_module(subject.root)
             hooks.add_hook_to_module(subject.root, hooks.ModelHook())
     assert hasattr(subject.root, "_hf_hook")
-    before = len(handle.caches.engines[0].record.decisions)
-    subject.run()
-    assert len(handle.caches.engines[0].record.decisions) == before
+    record = handle.caches.engines[0].record
+    before = (record.generations, record.computed.total(), record.reused.total())
+    assert torch.equal(subject.run(), stock)
+    assert (record.generations, record.computed.total(), record.reused.total()) == before
 
 
 def test_a_unit_that_was_not_asked_loses_its_value(bare: Any) -> None:

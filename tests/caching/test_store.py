@@ -242,13 +242,16 @@ def test_8_bits_that_save_nothing_are_left_out():
         Store(39).plan(narrow)
 
 
-def test_main_memory_comes_last():
+def test_main_memory_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "_why_no_conversion", lambda device: None)
     far = torch.device("meta")  # any device but the CPU; planning needs none of it
     store = Store(2 * FP8)
-    plan = store.plan(demand(units=4, branches=2, device=far))
-    assert (plan.device, plan.depth, plan.bytes) == (CPU, 1, 8 * FP8 if plan.codec == "fp8" else 8 * PLAIN)
-    assert store.downgrades[-1].startswith("kept in main memory: ")
-    assert plan.device_bytes <= store.max_bytes
+    plan = store.plan(demand(order=2, units=4, branches=2, device=far))
+    assert [note.split(":")[0].split(" (")[0] for note in store.downgrades] == [
+        "depth 3 -> 2", "depth 2 -> 1", "8-bit numbers, one scale per token", "kept in main memory",
+    ]  # fmt: skip
+    assert (plan.codec, plan.device, plan.depth, plan.bytes) == ("fp8", CPU, 1, 8 * FP8)
+    assert plan.device_bytes == FP8  # what one prediction brings back
 
 
 def test_too_little_names_what_would_do():

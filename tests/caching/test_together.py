@@ -150,6 +150,8 @@ def test_a_method_without_a_budget_cannot_be_anchored(wan: Subject) -> None:
         dit_accel.accelerate(wan.pipe, RadialAttnProcessor(rule="paper"), cache=cache, anchor=Anchor())
     with pytest.raises(ValueError, match="anchor"):
         dit_accel.accelerate(wan.pipe, cache=cache, anchor=Anchor())
+    with pytest.raises(ValueError, match="a sparse method chosen by name or as a processor"):
+        dit_accel.accelerate(wan.pipe, "auto", cache=cache, anchor=Anchor())
 
 
 @pytest.mark.parametrize("settings", [{"factor": 0.5}, {"after": 0}, {"after": True}])

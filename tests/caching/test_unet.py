@@ -356,12 +356,18 @@ def test_tgate_matches_processors_written_by_hand(shape: str, guidance: float) -
 
 def test_tgate_with_deepcache() -> None:
     """What DeepCache kept of both branches serves the one that is run behind the gate."""
-    subject = build_image_subject("sd15")
-    with accelerate(subject.pipe, cache=[*tgate(gate_step=2), deepcache(interval=2)]) as acceleration:
+    subject, entered = build_image_subject("sd15"), list[torch.Tensor]()
+    layer = up_layers(subject.root)[0]
+    width = layer.in_channels - skip_widths(subject.root)[0]
+    with accelerate(subject.pipe, cache=[*tgate(gate_step=3), deepcache(interval=2)]) as acceleration:
+        hook = layer.register_forward_pre_hook(lambda module, args: entered.append(args[0].clone()))
         found = run(subject, steps=5)
+        hook.remove()
         decisions = acceleration.caches.engines[-1].record.decisions
-        assert [each.computed for each in decisions if each.unit is None] == [True, False, True, False, True]
+        assert [each.computed for each in decisions] == [True, False, True, False, True]
         assert torch.equal(run(subject, steps=5), found)
+    assert [len(each) for each in entered] == [2, 2, 2, 1, 1]
+    assert torch.equal(entered[3][:, :width], entered[2][1:, :width])  # what step 2 kept, its conditional half
 
 
 def test_nonuniform_steps() -> None:

@@ -34,6 +34,11 @@ def usable():
     return sorted(found)
 
 
+def test_every_method_that_chooses_pairs_can_be_told_a_density():
+    """One that refuses would be left out below, silently."""
+    assert usable() == sorted(set(ATTENTION) - {"learned_gate", "agent"})
+
+
 @pytest.mark.parametrize("name", usable())
 def test_plans_have_about_the_density_asked_for(name):
     torch.manual_seed(0)

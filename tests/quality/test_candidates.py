@@ -11,9 +11,11 @@ from dit_accel.caching.policies import SnrGap
 from dit_accel.caching.predictors import Reuse
 from dit_accel.caching.presets.snr_gap import PACE
 from dit_accel.noise import Level
-from dit_accel.quality.candidates import KINDS, Prospects
+from dit_accel.quality.candidates import KINDS, MAX_GAP, Prospects
 from dit_accel.quality.errors import StepErrors
 from dit_accel.quality.replay import replay, schedule_errors
+from dit_accel.quality.search import History, Rules, best_schedules
+from dit_accel.quality.spec import CacheSpec
 from dit_accel.quality.trace import WIDE, Trace, trace_dtype
 
 from .toys import affine_trace, two_experts
@@ -92,8 +94,9 @@ def test_without_noise_levels_there_are_no_steps_by_noise() -> None:
 
 
 def test_steps_that_sparse_attention_leaves_dense_are_computed() -> None:
-    prospects = Prospects(TRACES, dense_steps=4)
-    for ladder in prospects.ladders():
+    ladders = Prospects(TRACES, dense_steps=4).ladders()
+    assert tuple(ladder.name for ladder in ladders) == KINDS
+    for ladder in ladders:
         for rung in ladder.rungs:
             assert rung.spec.computed is None or {0, 1, 2, 3} <= set(rung.spec.computed)
             assert rung.spec.computed is not None or rung.spec.warmup >= 4
@@ -112,9 +115,23 @@ def test_a_branch_that_is_called_at_some_steps_alone() -> None:
 
 
 def test_another_expert_is_computed_first() -> None:
-    prospects = Prospects([two_experts(trace, 6) for trace in TRACES])
-    for ladder in prospects.ladders(("listed steps", "steps by noise", "whole, reuse")):
+    kinds = ("listed steps", "steps by noise", "whole, reuse")
+    ladders = Prospects([two_experts(trace, 6) for trace in TRACES]).ladders(kinds)
+    assert tuple(ladder.name for ladder in ladders) == kinds
+    for ladder in ladders:
         assert all(rung.spec.computed is not None and {0, 6} <= set(rung.spec.computed) for rung in ladder.rungs)
+
+
+def best_for_outputs(predictor: str) -> list[tuple[int, ...]]:
+    """The best schedules where outputs are predicted, by falling number of computed steps."""
+    predict = CacheSpec(16, "output", predictor, (0,)).predict()
+    errors = [StepErrors(trace, predict, residual=False) for trace in TRACES]
+
+    def cost(history: History, step: int) -> float:
+        return max(each(history, step) / trace.extent for each, trace in zip(errors, TRACES, strict=True))
+
+    best = best_schedules(cost, Rules(16, predict.depth, max_gap=MAX_GAP))
+    return [best[count].computed for count in sorted(best, reverse=True) if count < 16]
 
 
 def test_whole_models_follow_outputs_of_the_same_predictor() -> None:
@@ -123,6 +140,7 @@ def test_whole_models_follow_outputs_of_the_same_predictor() -> None:
     assert set(ladders) == set(KINDS[3:])
     for kind, rungs in ladders.items():
         assert all(rung.spec.scope == "whole" and kind.endswith(rung.spec.predictor) for rung in rungs)
+        assert [rung.spec.computed for rung in rungs] == best_for_outputs(kind.partition(", ")[2]) != []
 
 
 def test_traces_of_different_schedules_are_refused() -> None:

@@ -18,7 +18,7 @@ from dit_accel.quality.key import key_of
 from dit_accel.quality.matching import FOLDER
 from dit_accel.quality.request import attention_of, settled
 
-from .conftest import TinyPipeline
+from .conftest import HELD_OUT, PROMPTS, TinyPipeline
 from .test_profile import profile_of
 
 
@@ -42,6 +42,24 @@ def test_a_target_puts_on_the_cache_of_its_saved_profile(
             run(pipe, num_inference_steps=9)
     assert not torch.equal(found, stock) and torch.equal(run(pipe), stock)
     assert torch.isfinite(run(pipe, num_inference_steps=9)).all()  # nobody watches any more
+
+
+def test_what_is_tuned_for_a_target_is_saved_and_found_again(
+    pipe: TinyPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    call = {"num_inference_steps": 11, "min_speed_up": 0.01, "coverage": None, "kinds": ("listed steps",)}
+    asked: dict[str, Any] = {"target_psnr": 28, "prompts": PROMPTS, "held_out": HELD_OUT, "call": call}
+    stock = run(pipe, num_inference_steps=11)
+    with dit_accel.accelerate(pipe, **asked) as handle:
+        tuned = handle.profile
+        assert tuned is not None and not tuned.is_off and tuned.key.steps == 11
+        assert not torch.equal(run(pipe, num_inference_steps=11), stock)
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    made = len(pipe.calls)
+    with dit_accel.accelerate(pipe, **asked) as handle:
+        assert handle.profile is not None and handle.profile.spec == tuned.spec
+    assert len(pipe.calls) == made
 
 
 def test_a_profile_is_taken_from_its_file_or_as_it_is(pipe: TinyPipeline, tmp_path: Path) -> None:
@@ -73,7 +91,9 @@ def test_strict_refuses_what_was_not_measured(pipe: TinyPipeline) -> None:
     [
         ({"target_psnr": 28, "target_ssim": 0.9}, "exactly one"),
         ({"target_psnr": 28, "cache": "easycache"}, "leave cache out"),
+        ({"profile": "nowhere.json", "cache": "easycache"}, "leave cache out"),
         ({"prompts": ["a", "b"]}, "belong to a quality target"),
+        ({"call": {"num_inference_steps": 12}}, "belong to a quality target"),
         ({"target_psnr": 30}, "no profile"),
         ({"profile": "nowhere.json"}, "nowhere.json"),
     ],

@@ -67,9 +67,16 @@ def test_controls_work_on_sparse_calls_too(t2v):
     assert len(recorder.masses) == 4 * 2 * 2
 
 
-@pytest.mark.parametrize("selection", [{"kinds": ["selv"]}, {"steps": (3, 3)}, {"steps": (-1, 2)}])
-def test_bad_selections_are_refused(selection):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"kinds": ["selv"]}, "unknown site kind .*'selv'.*choose among self"),
+        ({"steps": (3, 3)}, r"a step window is .*got \(3, 3\)"),
+        ({"steps": (-1, 2)}, r"a step window is .*got \(-1, 2\)"),
+    ],
+)
+def test_bad_selections_are_refused(selection, message):
+    with pytest.raises(ValueError, match=message):
         dit_accel.AttentionControl(**selection)
 
 

@@ -74,14 +74,18 @@ def test_tokens_run_frame_by_frame(name, make_video_subject):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", ["grid", "cluster", "agent"])
-def test_methods_run_with_text_in_front(name, method, make_video_subject):
+@pytest.mark.parametrize(
+    ("method", "settings"), [("grid", {"block": 64}), ("cluster", {"density": 0.3}), ("agent", {})]
+)
+def test_methods_run_with_text_in_front(name, method, settings, make_video_subject):
     """Those that are not run on every family."""
     subject = make_video_subject(name)
-    with dit_accel.accelerate(subject.pipe, method, dense_steps=0, dense_layers=0) as handle:
-        assert torch.isfinite(subject.run(height=96, width=128)).all()
+    dense = subject.run(height=96, width=128)
+    with dit_accel.accelerate(subject.pipe, method, dense_steps=0, dense_layers=0, **settings) as handle:
+        found = subject.run(height=96, width=128)
         report = handle.report()
     assert report.fallbacks == {} and all(site.sparse_calls > 0 for site in report.sites)
+    assert report.density < 1 and torch.isfinite(found).all() and not torch.equal(found, dense)
 
 
 def test_radial_attention_refuses_text_in_front(make_video_subject):

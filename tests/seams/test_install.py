@@ -11,7 +11,7 @@ from torch import nn
 import dit_accel
 from dit_accel import AttentionMassRecorder, BlockRecorder
 from dit_accel.install import BoundProcessor
-from dit_accel.processors import RadialAttnProcessor
+from dit_accel.processors import BlockRoutingAttnProcessor, RadialAttnProcessor
 
 
 def everything_on(pipe):
@@ -72,7 +72,10 @@ def test_removal_after_an_error_inside_the_model(t2v):
 
 
 def test_run_after_an_error_equals_a_fresh_run(t2v):
-    fail_at = [2]
+    """With a method that follows what it found at earlier steps."""
+    size = {"height": 96, "width": 128}  # several blocks of 64 tokens
+    method = BlockRoutingAttnProcessor(block=64, amount=0.5, search_every=3, dense_steps=0, dense_layers=0)
+    fail_at = []
 
     class Failing(dit_accel.AttentionControl):
         def after(self, call, output):
@@ -80,13 +83,17 @@ def test_run_after_an_error_equals_a_fresh_run(t2v):
                 raise ArithmeticError("in mid-generation")
             return output
 
+    with dit_accel.accelerate(t2v.pipe, method, controls=[Failing(), AttentionMassRecorder(4)]) as handle:
+        expected = t2v.run(**size)
+        assert handle.report().density < 1
+    fail_at.append(2)
     recorder = AttentionMassRecorder(4)
-    with dit_accel.accelerate(t2v.pipe, controls=[Failing(), recorder]) as handle:
+    with dit_accel.accelerate(t2v.pipe, method, controls=[Failing(), recorder]) as handle:
         with pytest.raises(ArithmeticError):
-            t2v.run()
+            t2v.run(**size)
         fail_at.clear()
         recorder.masses.clear()
-        t2v.run()
+        assert torch.equal(t2v.run(**size), expected)
         assert sorted({step for _, _, step, _ in recorder.masses}) == [0, 1, 2, 3]
         assert handle.clock.state.generation == 1
 

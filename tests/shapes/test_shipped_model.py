@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 
 import pytest
 
@@ -38,8 +39,9 @@ def test_all_of_them_fit_the_package() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_a_stock_pipeline_that_loads_fast(name: str) -> None:
     loaded(name)  # the first time also imports the parts of diffusers and transformers
+    start = time.thread_time()
     sampler = loaded(name)
-    assert sampler.load_seconds < 10  # under 3 s on an idle machine
+    assert time.thread_time() - start < 10  # under 3 s, to which other processes do not add
     pipeline, root = CLASSES[name]
     assert type(sampler.pipe).__name__ == pipeline
     assert root in {type(part).__name__ for part in sampler.pipe.components.values()}
