@@ -223,6 +223,15 @@ def test_caches_are_calibrated_measured_and_judged_for_real(shapes_wan: Path, tm
     assert 0 < rows["radial+taylorseer_lite, keep output, interval 3"]["sparse_density"] <= 1
 
 
+def test_the_file_of_rows_names_those_of_the_committed_table(basic_wan: Path, tmp_path: Path, truthful: Calls) -> None:
+    folder = Path(__file__).parents[2] / "docs" / "benchmarks"
+    rows = [row["name"] for row in json.loads((folder / "caches.json").read_text())["contenders"] if row["runs"]]
+    assert (folder / "caches.args").read_text().splitlines() == [f"--only={name}" for name in rows]
+    (tmp_path / "some.args").write_text(f"--only={SOME[0]}\n--only={SOME[1]}\n")
+    table = run(basic_wan, tmp_path / "c.json", "--prompts", "1", f"@{tmp_path / 'some.args'}")
+    assert {row["name"] for row in table["contenders"]} == {*SOME[:2]}
+
+
 @dataclass(frozen=True)
 class Unwilling(Contender):
     """Refuses when it is put on, or only while it runs."""

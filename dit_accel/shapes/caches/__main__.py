@@ -84,7 +84,12 @@ def _text(table: Record) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dit_accel.shapes.caches", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_accel.shapes.caches",
+        description=__doc__,
+        epilog="@FILE stands for the options that a file has, one a line.",
+        fromfile_prefix_chars="@",
+    )
     add_arguments(parser)
     parser.set_defaults(prompts=PROMPTS)
     parser.add_argument(
