@@ -6,9 +6,11 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import dit_accel
 from dit_accel.cli.parser import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,3 +62,31 @@ def test_links_to_headings_lead_somewhere() -> None:
     for page, link, anchor in found:
         target = page.parent / link if link else page
         assert anchor in anchors_of(target), f"{page.name} links to {link}#{anchor}"
+
+
+def snippets(page: str) -> list[str]:
+    """The Python blocks of a page."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return [code for code in FENCE.findall(text) if "import" in code]
+
+
+def test_the_page_on_controls_runs(tiny_wan: object, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a small pipeline, and nothing is left behind."""
+    attention, blocks = snippets("controls.md")
+    for code in (attention, blocks):
+        names: dict[str, Any] = {"pipe": tiny_wan}
+        exec(code.replace("steps=10", "steps=10, height=32, width=32, num_frames=9, output_type='latent'"), names)
+        assert dit_accel.acceleration_of(tiny_wan) is None
+        if code is attention:
+            seen = names["largest"].found
+            assert len(seen) == 10 * 2 * 2 and all(value > 0 for value in seen.values())
+    assert "('transformer', " in capsys.readouterr().out
+
+
+def test_the_page_on_kernels_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    (code,) = snippets("kernels.md")
+    exec(code, names)
+    assert names["out"].shape == (1, 4, 1000, 64) and names["lse"].isfinite().all()
+    first, second = capsys.readouterr().out.splitlines()
+    assert float(first.split()[0]) < 0.3 and "gather" in first and 0.2 < float(second) < 0.3

@@ -117,7 +117,7 @@ class Caches:
         if self.anchor is None:
             return 1.0
         for engine, unit in self._covering(site, state.branch):
-            skipped = engine.consecutive(state.expert, state.branch)
+            skipped = engine.consecutive(state)
             # What may not be skipped at this step runs in calls that are reused, too.
             if skipped >= self.anchor.after and engine.cache.scope.is_active(unit, state.step, state.steps):
                 return self.anchor.factor

@@ -49,11 +49,12 @@ class Targets:
         every = (self.video, self.record, self.dense, self.side_by_side, self.picture)
         return [path for path in every if path is not None]
 
-    def check_sources(self, sources: Iterable[str | Path]) -> None:
+    def check_sources(self, sources: Iterable[str | Path], flag: str = "--output") -> None:
         """Makes sure that nothing is written over a file that the command reads.
 
         Args:
             sources: paths of those files; texts that are no paths do no harm.
+            flag: the option that names the output.
 
         Raises:
             UsageError: if one of them is also an output, whether or not it may be replaced.
@@ -61,9 +62,9 @@ class Targets:
         for source in sources:
             for path in self.all():
                 if _real(source) == _real(path):
-                    flag = "--schedule-picture" if path is self.picture else "--output"
+                    named_by = "--schedule-picture" if path is self.picture else flag
                     raise UsageError(
-                        f"'{source}' is read by this command and would be replaced; choose another {flag}"
+                        f"'{source}' is read by this command and would be replaced; choose another {named_by}"
                     )
 
     def check(self, force: bool) -> None:
@@ -84,6 +85,35 @@ class Targets:
             except OSError as error:
                 reason = error.strerror or one_line(error)
                 raise UsageError(f"cannot write '{path}': {reason}; choose another place") from error
+
+
+def checked_file(out: Path, suffix: str, reads: Iterable[str | Path], force: bool) -> Path:
+    """The one file that a command writes, named by ``--out``, after making sure that it can be written later.
+
+    Args:
+        out: as given.
+        suffix: that it must have.
+        reads: files that the command reads.
+        force: whether another file may be replaced.
+
+    Raises:
+        UsageError: if it has another suffix, and as :meth:`Targets.check_sources` and :meth:`Targets.check`.
+    """
+    out = out.expanduser()
+    if out.suffix != suffix:
+        raise UsageError(f"the output must end in {suffix}, got '{out}'")
+    targets = Targets(video=out, record=out)
+    targets.check_sources(reads, "--out")
+    targets.check(force)
+    return out
+
+
+def model_files(name: str) -> list[Path]:
+    """The files of a model that is a folder here; none of others. What else lies beside its index may be an output."""
+    folder = Path(name).expanduser()
+    if not (folder / "model_index.json").is_file():
+        return []
+    return [folder / "model_index.json", folder / "shapes.json", *folder.glob("*/*")]
 
 
 def _real(path: str | Path) -> str:

@@ -97,7 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Checks everything cheap, loads the model, measures, writes, and reports."""
-    out = _checked_target(options.out, options.force)
+    from .outputs import checked_file, model_files
+
+    out = checked_file(options.out, ".json", model_files(options.model), options.force)
     given, schedule = _own_options(options), _schedule(options)
     if options.budget is not None and options.budget >= 1:
         raise UsageError(f"--budget is the part of the blocks to skip, in (0, 1), got {options.budget:g}")
@@ -137,16 +139,6 @@ def summary(profile: BlockProfile, out: Path) -> str:
         lines.append(f"foreground: {profile.settings['foreground_share']:.0%} of the tokens")
     lines.append(f"wrote {out}: {len(profile.blocks)} of {profile.layers} blocks of {profile.model} may be skipped")
     return "\n".join(lines)
-
-
-def _checked_target(out: Path, force: bool) -> Path:
-    from .outputs import Targets
-
-    out = out.expanduser()
-    if out.suffix != ".json":
-        raise UsageError(f"the output must end in .json, got '{out}'")
-    Targets(video=out, record=out).check(force)
-    return out
 
 
 def _own_options(options: argparse.Namespace) -> dict[str, Any]:

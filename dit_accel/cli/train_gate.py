@@ -64,7 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Checks everything cheap, loads the model, records, trains, writes, and reports."""
-    out = _checked_target(options.out, options.force)
+    from .outputs import checked_file, model_files
+
+    reads = [*model_files(options.model), *filter(None, [options.prompt_file])]
+    out = checked_file(options.out, ".safetensors", reads, options.force)
     _check_numbers(options)
     from .models import locate
     from .pipelines import load
@@ -81,16 +84,6 @@ def run(options: argparse.Namespace) -> int:
     report |= {"block": gates.block, "layers": gates.layers, "training": gates.training}
     print(json.dumps(report, allow_nan=False) if options.json else _summary(gates, out))
     return 0
-
-
-def _checked_target(out: Path, force: bool) -> Path:
-    from .outputs import Targets
-
-    out = out.expanduser()
-    if out.suffix != ".safetensors":
-        raise UsageError(f"the output must end in .safetensors, got '{out}'")
-    Targets(video=out, record=out).check(force)
-    return out
 
 
 def _check_numbers(options: argparse.Namespace) -> None:

@@ -65,7 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Checks everything cheap, loads the model, tunes, writes, and reports."""
-    out, target = _checked_target(options.out, options.force), _target(options)
+    from .outputs import checked_file, model_files
+
+    reads = [*model_files(options.model), *filter(None, [options.prompt_file])]
+    out, target = checked_file(options.out, ".json", reads, options.force), _target(options)
     if not options.coverage < 1:
         raise UsageError(f"--coverage is a probability in [0.5, 1), got {options.coverage:g}")
     from .models import locate
@@ -82,16 +85,6 @@ def run(options: argparse.Namespace) -> int:
     _progress(out).unlink(missing_ok=True)
     print(json.dumps(profile.to_json(), allow_nan=False) if options.json else _summary(profile, out))
     return 0
-
-
-def _checked_target(out: Path, force: bool) -> Path:
-    from .outputs import Targets
-
-    out = out.expanduser()
-    if out.suffix != ".json":
-        raise UsageError(f"the output must end in .json, got '{out}'")
-    Targets(video=out, record=out).check(force)
-    return out
 
 
 def _target(options: argparse.Namespace) -> Target:

@@ -135,6 +135,24 @@ def test_the_first_call_after_skipped_ones_keeps_more(wan: Subject) -> None:
     assert kept_at(wan, Anchor(factor=2.0, after=4)) == pytest.approx(plain, rel=1e-6)
 
 
+def test_skipped_calls_of_a_run_that_broke_off_raise_nothing_in_the_next(wan: Subject) -> None:
+    """The anchor counts within a generation, so the first call keeps what that of any run does."""
+
+    def stop(_pipe: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 4:
+            raise KeyboardInterrupt
+        return values
+
+    cache = Cache(Whole(), Static(compute_steps=(0, 1, 5, 6, 7)))
+    with dit_accel.accelerate(wan.pipe, routing(), cache=cache, anchor=Anchor(factor=2.0, after=2)) as handle:
+        wan.run()
+        whole = handle.report().step_densities["transformer"]["cond"]
+        with pytest.raises(KeyboardInterrupt):
+            wan.run(callback_on_step_end=stop)
+        wan.run()
+        assert handle.report().step_densities["transformer"]["cond"] == whole
+
+
 def test_sparse_and_cached_runs_repeat_bit_for_bit(wan: Subject) -> None:
     stock = wan.run()
     cache = Cache(Whole(), Static(compute_steps=(0, 1, 4, 7)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -241,6 +242,36 @@ def test_a_picture_does_not_replace_what_is_read_either(render: Command, tmp_pat
     result = render("--gates", tmp_path / "steps.svg", "--schedule-picture", tmp_path / "steps.svg", "--force")
     assert result.code == 2 and "choose another --schedule-picture" in result.err
     assert (tmp_path / "steps.svg").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["model_index.mp4", "transformer/config.mp4"])
+def test_no_file_of_the_model_is_replaced(render: Command, tiny_wan_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_wan_folder, folder)
+    record = (folder / name).with_suffix(".json")
+    before = record.read_bytes()
+    result = render("--model", folder, "--output", folder / name, "--force")
+    assert result.code == 2 and f"'{record}' is read by this command and would be replaced" in result.err
+    assert record.read_bytes() == before and not (folder / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("tune --target-psnr 28", "model_index.json"),
+        ("profile-blocks --prompt x", "vae/config.json"),
+        ("train-gate", "transformer/diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_no_file_of_the_model_is_replaced_by_what_is_found_about_it(
+    command: Command, tiny_wan_folder: Path, tmp_path: Path, words: str, name: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_wan_folder, folder)
+    before = (folder / name).read_bytes()
+    result = command(*words.split(), "--model", folder, "--out", folder / name, "--force")
+    assert result.code == 2 and "would be replaced; choose another --out" in result.err
+    assert (folder / name).read_bytes() == before
 
 
 def test_compare_refuses_a_cache_that_cannot_act_before_it_renders(

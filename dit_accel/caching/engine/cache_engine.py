@@ -130,10 +130,10 @@ class CacheEngine(UnitSeams):
         steps = None if state.steps is None else state.steps - first
         return state.step - first < self.cache.limits.warmup_steps(steps)
 
-    def consecutive(self, expert: str, branch: str) -> int:
-        """How many calls in a row a branch has reused until now."""
-        track = self._tracks.get((expert, branch))
-        return 0 if track is None else track.consecutive
+    def consecutive(self, state: StepState) -> int:
+        """How many calls in a row the branch of a call that is about to be opened has reused until now."""
+        track = self._tracks.get((state.expert, state.branch))
+        return 0 if track is None or track.generation != state.generation else track.consecutive
 
     def forget(self) -> None:
         """Drops everything that was kept."""
