@@ -38,7 +38,11 @@ METHODS: dict[str, tuple[tuple[tuple[int, int, int], ...], dict[str, Any]]] = {
     "block_routing": ((*VIDEOS, *IMAGES), {}),
     "neighborhood": (IMAGES, {"stride": "tile"}),
 }
-HEADS, DIM = 3, 64
+# On a GPU smaller calls would measure Python: 480p, 720p and a longer clip, and images of 2K and 4K.
+VIDEOS_GPU = ((21, 30, 52), (21, 45, 80), (33, 45, 80))
+IMAGES_GPU = ((1, 128, 128), (1, 256, 256))
+LARGER = {VIDEOS: VIDEOS_GPU, IMAGES: IMAGES_GPU, (*VIDEOS, *IMAGES): (*VIDEOS_GPU, *IMAGES_GPU)}
+HEADS, DIM = {"cpu": 3, "cuda": 24}, {"cpu": 64, "cuda": 128}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -62,7 +66,7 @@ def efficiency(device: torch.device, dtype: torch.dtype, repeats: int) -> list[d
     """One row for each method and grid."""
     rows = []
     for method, (grids, settings) in METHODS.items():
-        for grid in grids:
+        for grid in LARGER.get(grids, grids) if device.type == "cuda" else grids:
             layout = TokenLayout.video_only(grid)
             q, k, v = (tensor.to(dtype) for tensor in _smooth(grid, device))
             call, density = _sparse(method, settings, layout, q, k, v)
@@ -80,7 +84,8 @@ def share(device: torch.device, dtype: torch.dtype, repeats: int) -> list[dict[s
 
     folder = shapes.path("shapes-wan") / "transformer"
     model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype).eval().to(device)
-    return [_share(model, grid, device, dtype, repeats) for grid in (VIDEOS[1], VIDEOS[3])]
+    grids = VIDEOS_GPU[:2] if device.type == "cuda" else (VIDEOS[1], VIDEOS[3])
+    return [_share(model, grid, device, dtype, repeats) for grid in grids]
 
 
 def _share(
@@ -127,10 +132,11 @@ def _smooth(grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, T
     """Queries, keys and values that change little from token to token, as those of videos; keys follow queries."""
     generator = torch.Generator().manual_seed(0)
     coarse = tuple(max(1, side // 4) for side in grid)
+    heads, dim = (sizes["cuda" if device.type == "cuda" else "cpu"] for sizes in (HEADS, DIM))
 
     def one() -> Tensor:
-        large = F.interpolate(torch.randn(HEADS, DIM, *coarse, generator=generator), size=grid, mode="trilinear")
-        fine = torch.randn(HEADS, DIM, *grid, generator=generator)
+        large = F.interpolate(torch.randn(heads, dim, *coarse, generator=generator), size=grid, mode="trilinear")
+        fine = torch.randn(heads, dim, *grid, generator=generator)
         return (1.5 * large + 0.5 * fine).flatten(2).transpose(1, 2)[None].contiguous().to(device)
 
     q, k, v = one(), one(), one()

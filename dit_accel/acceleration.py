@@ -229,6 +229,19 @@ class Acceleration:
         for site in installed.sites.values():
             site.timer = self._timer
 
+    def warm_up_steps(self, steps: int | None) -> int:
+        """First steps at which the method leaves all attention dense, in which caches reuse nothing either.
+
+        Args:
+            steps: of a generation; None if nobody says.
+        """
+        return max((self._warm_up_steps(self.processor, each, steps) for each in self._installed), default=0)
+
+    @staticmethod
+    def _warm_up_steps(processor: SparseAttnProcessor | None, installed: RootInstallation, steps: int | None) -> int:
+        sites = (site.info for site in installed.sites.values())
+        return 0 if processor is None else processor.warm_up_steps(sites, steps)
+
     def _before(self, installed: RootInstallation, state: StepState) -> None:
         """Decides for every site what its next call does; runs before each root call, outside compiled code."""
         self._refuse_recomputation(installed.root)
@@ -238,7 +251,7 @@ class Acceleration:
         device = installed.device
         processor = self._recipe(installed, state)
         if self.caches:  # they warm up with the method; with dense attention no warm-up of an earlier choice is left
-            self.caches.warm_up(0 if processor is None else processor.schedule.dense_step_count(state.steps))
+            self.caches.warm_up(self._warm_up_steps(processor, installed, state.steps))
         if processor is not None and self._begun.get(installed.expert) != state.generation:
             self._begun[installed.expert] = state.generation
             self._note_backend(processor, installed)

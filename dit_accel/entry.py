@@ -119,7 +119,7 @@ def accelerate(
     if found is not None:
         cache = found.cache()
     if found is not None and found.misses_target and attention is not None:
-        _warn_of_dense(attention)
+        _warn_of_dense(attention, found.reason)
         attention, anchor, completed = None, None, None
     if token_order is not None:
         block_hooks = (TokenPermutation(token_order), *block_hooks)
@@ -137,12 +137,12 @@ def accelerate(
     return handle
 
 
-def _warn_of_dense(attention: SparseAttnProcessor) -> None:
+def _warn_of_dense(attention: SparseAttnProcessor, reason: str) -> None:
     from .quality import ProfileWarning
 
     warnings.warn(
-        f"dit_accel: attention stays dense as well: no cache was found with which {type(attention).__name__} keeps "
-        "the target; leave out the target and the profile to run it all the same",
+        f"dit_accel: attention stays dense as well: {type(attention).__name__} was measured with caches beside it, "
+        f"and none serves the target ({reason}); leave out the target and the profile to run it all the same",
         ProfileWarning,
         stacklevel=3,
     )

@@ -33,8 +33,8 @@ def put_back(x: Tensor, order: Tensor | None) -> Tensor:
     """
     if order is None:
         return x
-    base = x.detach()  # all of it is overwritten
-    return base.index_copy(2, order, x) if order.ndim == 1 else base.index_put(_places(x, order), x)
+    out = torch.empty_like(x)  # all of it is written
+    return out.index_copy_(2, order, x) if order.ndim == 1 else out.index_put_(_places(x, order), x)
 
 
 def inverse_order(order: Tensor) -> Tensor:

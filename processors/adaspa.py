@@ -198,8 +198,8 @@ def _sequence(search_again: object) -> tuple[Any, ...]:
 
 
 def _checked(step: Any) -> int | float:
-    if not _is_number(step) or step < 0 or (isinstance(step, float) and step > 1):
-        raise ValueError(f"search_again holds steps from 0 (30) or fractions of all in [0, 1] (0.6); got {step!r}")
+    if not _is_number(step) or step < 0 or (isinstance(step, float) and step >= 1):
+        raise ValueError(f"search_again holds steps from 0 (30) or fractions of all in [0, 1) (0.6); got {step!r}")
     number: int | float = step
     return number
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -54,6 +54,13 @@ class Pooling(NamedTuple):
     gather: SparsePlan | None
     exact: SparsePlan | None
     order: torch.Tensor | None  # of a token permutation
+
+
+class Refused(NamedTuple):
+    """Pooling that would save nothing at a level of a UNet, which matters only if the level takes part."""
+
+    grid: tuple[int, int, int]
+    reason: str
 
 
 class AgentAttnProcessor(OperatorAttnProcessor):
@@ -155,17 +162,27 @@ class AgentAttnProcessor(OperatorAttnProcessor):
         schedule = self._merge_schedule if self._merges(site) else self.schedule
         return site.kind in self.kinds and not schedule.is_dense(state.step, state.steps, site.layer)
 
+    def warm_up_steps(self, sites: Iterable[SiteInfo], steps: int | None) -> int:
+        """As all methods; sites that merge tokens have a warm-up of their own."""
+        merges = any(site.kind in self.kinds and self._merges(site) for site in sites)
+        return (self._merge_schedule if merges else self.schedule).dense_step_count(steps)
+
     def set_up(self, site: SiteInfo, layout: TokenLayout, device: torch.device) -> Any:
         """The layout and device where tokens are merged, a :class:`Pooling` where agents are pooled.
 
+        As many agents as would save nothing are refused, at a level of a UNet when it takes part (:meth:`at_step`).
+
         Raises:
             ValueError: if there are padding tokens, tokens to merge that are not on the grid or not in its order, or
-                as many agents as would save nothing.
+                too many agents.
         """
         if layout.padding:
             raise ValueError(f"agents cannot tell {layout.padding} padding tokens from others; leave them out")
         if not self._merges(site):
-            return self._pooling(layout, device)
+            pooling = self._pooling(layout, device)
+            if isinstance(pooling, Refused) and not site.path.startswith(_LEVELS):
+                raise ValueError(pooling.reason)
+            return pooling
         if layout.order is not None or layout.length != math.prod(layout.grid):
             raise ValueError(
                 f"{site.path} has tokens that are not on the image's grid, or not row by row, and merging goes by it; "
@@ -177,12 +194,15 @@ class AgentAttnProcessor(OperatorAttnProcessor):
         """The set-up of the stage, with the tokens that others are merged into; None at grids that are too small.
 
         Raises:
-            ValueError: if nobody says how many steps there are, and ``switch`` is a fraction of them.
+            ValueError: if nobody says how many steps there are, and ``switch`` is a fraction of them, or if there are
+                as many agents as would save nothing.
         """
-        merges = not isinstance(setup, Pooling)
+        merges = not isinstance(setup, (Pooling, Refused))
         grid = setup[0].grid if merges else setup.grid
         if site.path.startswith(_LEVELS) and _downsample(state.layout.grid, grid) > self.max_downsample:
             return None
+        if isinstance(setup, Refused):
+            raise ValueError(setup.reason)
         if not merges:
             return setup
         stage = int(state.step >= step_index("switch", self.switch, state.steps))
@@ -242,7 +262,7 @@ class AgentAttnProcessor(OperatorAttnProcessor):
         key = hashlib.blake2b(f"{self.seed} {site.layer} {state.step}".encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
 
-    def _pooling(self, layout: TokenLayout, device: torch.device) -> Pooling:
+    def _pooling(self, layout: TokenLayout, device: torch.device) -> Pooling | Refused:
         grid, (start, stop) = layout.grid, layout.visual
         by_number = isinstance(self.agents, int)
         cells = cells_by_number(grid, self.agents) if by_number else cells_by_tile(grid, self.agents)
@@ -250,9 +270,8 @@ class AgentAttnProcessor(OperatorAttnProcessor):
         if 2 * count >= visual:
             most = (visual - 1) // 2
             way_out = f"give a number from 1 to {most}, or a larger tile" if most else "leave attention dense"
-            raise ValueError(
-                f"agents={self.agents} makes {count} agents for {visual} tokens, which saves nothing; {way_out}"
-            )
+            reason = f"agents={self.agents} makes {count} agents for {visual} tokens, which saves nothing; {way_out}"
+            return Refused(grid, reason)
         plans = [full_plan(*sizes, self.block, device) for sizes in ((count, visual), (visual, beside)) if beside]
         gather, exact = plans or (None, None)
         return Pooling(grid, cells, start, layout.length, gather, exact, layout.order)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -93,6 +93,15 @@ class SparseAttnProcessor(ABC):
     def is_sparse(self, site: SiteInfo, state: StepState) -> bool:
         """Whether a site runs this method at a step, or stays dense."""
         return site.kind in self.kinds and not self.schedule.is_dense(state.step, state.steps, site.layer)
+
+    def warm_up_steps(self, sites: Iterable[SiteInfo], steps: int | None) -> int:
+        """First steps at which the method leaves all attention dense, in which caches reuse nothing either.
+
+        Args:
+            sites: of a model.
+            steps: of a generation; None if nobody says.
+        """
+        return self.schedule.dense_step_count(steps)
 
     def budget_factor(self, site: SiteInfo, state: StepState) -> float:
         """The schedule's factor on what a site keeps at a step, besides those of heads (:meth:`head_factors`)."""

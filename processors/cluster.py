@@ -84,7 +84,7 @@ class ClusterAttnProcessor(DynamicAttnProcessor):
 
     remembers = True
     usual_dense_steps = 0.2  # as published for Wan; 0.1 for HunyuanVideo, 0.3 for Cosmos
-    usual_dense_layers = 1  # 3 % of the layers
+    usual_dense_layers = 1  # 3 % of the layers, rounded down
     scales_budget = True
 
     def __init__(

@@ -110,6 +110,28 @@ def test_agents_must_reach_a_level_where_the_unet_attends() -> None:
     assert AutoAttnProcessor(usual={"max_downsample": 2}).for_situation(at).method == "agent"
 
 
+def test_text_counts_once_in_a_budget_of_all_blocks() -> None:
+    """A quarter of all blocks for the rows of the image, text among them, and all for those of the text."""
+    choice = AutoAttnProcessor(usual={"amount": 0.25}).for_situation(situation("flux", joint(64, 64, 512), steps=28))
+    image = 4096 / 4608
+    assert f"{0.25 * image + 1 - image:.0%} of the pairs" in choice.reason and "33%" in choice.reason
+
+
+def test_a_method_whose_settings_do_not_fit_is_left_out_aloud() -> None:
+    at = situation("flux", joint(256, 256, 512), steps=28)
+    choice = AutoAttnProcessor(usual={"window": (18, 24, 24)}).for_situation(at)
+    assert choice.method == "block_routing" and "not neighborhood: " in choice.reason
+
+
+def test_layers_that_differ_are_counted_by_their_number() -> None:
+    sites = {SiteInfo(f"blocks.{layer}.attn1", "joint", layer, 3, "transformer"): (24, 128) for layer in range(3)}
+    at = replace(situation("flux", joint(48, 48, 64), steps=28), sites=sites)
+    recipe = NeighborhoodAttnProcessor(window=0.3, dilation="alternate", block=64)
+    shares = [computed_share(each.build_plan(at.layout, torch.device("cpu"))) for each in map(recipe.for_site, sites)]
+    assert shares[0] == shares[2] != shares[1]
+    assert auto._density(recipe, at) == pytest.approx(sum(shares) / 3)
+
+
 def test_more_dense_layers_can_make_it_dense() -> None:
     at = situation("shapes-wan", video(33, 16, 16), "cpu", 12)
     choice = AutoAttnProcessor(dense_layers=5).for_situation(at)

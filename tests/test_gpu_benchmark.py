@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from dit_accel.kernels.sparse_plan import plan_from_blocks
 from dit_accel.kernels.support import Support
 from dit_accel.kernels.triton_kernels.self_check import Outcome
 from dit_accel.processors import RadialAttnProcessor
@@ -53,7 +54,8 @@ def test_toy_sizes_claim_no_speed(smoke: dict[str, Any]) -> None:
 
 def test_the_checks_cover_kinds_and_gradients(smoke: dict[str, Any]) -> None:
     rows = smoke["sections"]["check"]["rows"]
-    assert {"random", "banded", "neighborhood", "bitmap", "random, residual"} <= {row["plan"] for row in rows}
+    narrow = "random, blocks of half as many keys"
+    assert {"random", "banded", "neighborhood", "bitmap", "random, residual", narrow} <= {row["plan"] for row in rows}
     kinds = {row["plan"] for row in rows if row.get("what") == "gradients"}
     assert kinds == {"random", "banded", "neighborhood", "bitmap", "random, residual"}
     assert all(row["ok"] and row["error"] > 0 for row in rows)
@@ -143,10 +145,10 @@ def test_a_variant_that_failed_its_self_check_stops_the_run(
 ) -> None:
     check = import_module("gpu_sections.check")
     outcome = Outcome(False, None, "its self-check on cuda:0 failed with CompilationError: no such instruction")
-    monkeypatch.setattr(check, "known_outcomes", lambda kind: {"tma": outcome, "gluon": outcome})
+    monkeypatch.setattr(check, "known_outcomes", lambda kind: {"pointer": outcome, "tma": outcome})
     code, result = run(script, monkeypatch, tmp_path / "gpu.json", "--only", "ceilings")
     wrong = [row for row in result["sections"]["check"]["rows"] if not row["ok"]]
-    assert code == 1 and [row["backend"] for row in wrong] == ["triton:tma"]
+    assert code == 1 and [row["backend"] for row in wrong] == ["triton:pointer"]
     assert "CompilationError" in capsys.readouterr().err
 
 
@@ -157,26 +159,60 @@ def test_a_gpu_without_the_pointer_variant_stops_the_run(script: ModuleType, mon
     assert row["backend"] == "triton:pointer" and not row["ok"] and row["failed"] == "triton is not installed"
 
 
-BAD_GLUON = {
+BAD_VARIANT = {
     "wrong": ("""print('{"plan": "random", "ok": false}')""", "wrong"),
     "raises": ("""print('{"plan": "random", "ok": true}'); raise RuntimeError("no address")""", "no address"),
     "hangs": ("import time; time.sleep(60)", "not done after"),
 }
 
 
-@pytest.mark.parametrize("fault", BAD_GLUON)
-def test_gluon_is_reported_and_gates_nothing(
-    fault: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("variant", ["tma", "gluon"])
+@pytest.mark.parametrize("fault", BAD_VARIANT)
+def test_a_variant_that_fails_in_its_own_process_is_left_out_and_stops_nothing(
+    fault: str, variant: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gluon, check = import_module("gpu_sections.gluon"), import_module("gpu_sections.check")
-    program, reason = BAD_GLUON[fault]
-    monkeypatch.setattr(gluon, "_PATIENCE", 2.0 if fault == "hangs" else 60.0)
+    isolated, check = import_module("gpu_sections.isolated"), import_module("gpu_sections.check")
+    program, reason = BAD_VARIANT[fault]
+    monkeypatch.setattr(isolated, "_PATIENCE", 2.0 if fault == "hangs" else 60.0)
+    refused: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(isolated, "refuse", lambda *given: refused.append(given))
     made = session(script, left=99.0)
-    rows = list(gluon.judged(made, [sys.executable, "-c", program]))
+    rows = list(isolated.judged(made, variant, [sys.executable, "-c", program]))
     assert not rows[-1]["ok"] and not any(row["gate"] for row in rows)
     assert script.problem_of({"status": "done", "rows": [{"ok": True}, *rows]}) is None
-    assert reason in made.refused["triton:gluon"]
-    assert "triton:gluon" not in check._CHECKED
+    assert reason in made.refused[f"triton:{variant}"]
+    assert [(name, device.type) for name, device, _ in refused] == [(variant, "cpu")] and reason in refused[0][2]
+    assert f"triton:{variant}" not in check._CHECKED
+
+
+def test_what_was_measured_without_tma_is_no_full_success(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = import_module("gpu_sections.check")
+    bad = {"plan": "any", "backend": "triton:tma", "ok": False, "error": 1.0, "gate": False}
+    monkeypatch.setattr(check.isolated, "rows", lambda made, variant: iter([bad] if variant == "tma" else []))
+    code, result = run(script, monkeypatch, tmp_path / "gpu.json", "--only", "ceilings")
+    assert code == 2 and result["sections"]["ceilings"]["status"] == "done"
+    assert "without triton:tma" in capsys.readouterr().err
+
+
+def test_the_long_check_sees_one_block_too_few(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many keys for each row as in the real one, about 12,000."""
+    check, made = import_module("gpu_sections.check"), session(script, left=9.0)
+    made.smoke, shape = False, (1, 1, 12032, 16)
+    right, random_plan = check.attend, check.random_plan
+
+    def one_less(q: Any, k: Any, v: Any, plan: Any) -> Any:
+        keep = plan.to_bool()
+        keep[..., 0] = False
+        sizes = {"q_len": plan.q_len, "kv_len": plan.kv_len, "block_q": plan.block_q, "block_kv": plan.block_kv}
+        return right(q, k, v, plan_from_blocks(keep, **sizes))
+
+    monkeypatch.setattr(check, "random_plan", lambda *given: random_plan(*given[:2], 1.0, *given[3:]))
+    assert check._sampled_error(made, shape)["ok"]
+    monkeypatch.setattr(check, "attend", one_less)
+    assert not check._sampled_error(made, shape)["ok"]
+    assert (119056 - 1) * 6 * 24 * 128 > 2**31  # the offset of the last key there
 
 
 def test_a_refused_variant_is_not_timed(script: ModuleType) -> None:

@@ -169,8 +169,9 @@ def test_a_schedule_without_dense_steps_has_those_of_the_preset() -> None:
         ),
         ("radial", {"dense_steps": 3}, {"schedule": {"dense_steps": 1}}, {"schedule": {"dense_steps": 1}}),
         ("radial", {"dense_steps": 3}, {"schedule": Schedule()}, {"schedule": Schedule()}),
-        # Where agents are pooled, the warm-up is not that of merging.
+        # Where agents are pooled, the warm-up is not that of merging, nor is the shortcut.
         ("agent", {"dense_steps": 0}, {"mode": "pool", "schedule": {}}, {"mode": "pool", "schedule": {}}),
+        ("agent", {"shortcut": 0.075, "merge": 0.4}, {"mode": "pool"}, {"mode": "pool", "merge": 0.4}),
     ],
 )
 def test_what_is_given_leaves_room_for_the_rest(

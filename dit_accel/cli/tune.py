@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="more prompts, one a line")
     parser.add_argument(
-        "--held-out", action="append", default=[], metavar="PROMPT", help="for the last check alone; give it twice or "
+        "--held-out", action="append", default=[], metavar="PROMPT", help="for the last check; give it twice or "
         "more (default: the last quarter of the prompts, at least 2)"
     )  # fmt: skip
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")
@@ -195,7 +195,7 @@ def _tune(
     call.pop("prompt")
     wanted: dict[str, Any] = {target.keyword: target.value}
     with limited_threads(settings.threads), explained_errors(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="dit_accel: no cache keeps")  # the summary says so
+        warnings.filterwarnings("ignore", message="dit_accel: no cache is used for")  # the summary says so
         return tune(
             pipe,
             prompts=prompts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -151,12 +152,17 @@ class AutoAttnProcessor(SparseAttnProcessor):
             return Choice(None, "dense", offers)
         if offers == ("agent",):
             return self._agent(situation)
-        found = []
+        found, refused = [], []
         for method in offers:
             recipe, preset = self._build(method, situation)
-            found.append((_estimate(recipe, method, situation), method, recipe, preset))
+            try:
+                found.append((_estimate(recipe, method, situation), method, recipe, preset))
+            except ValueError as error:  # its settings do not fit this grid
+                refused.append(f"not {method}: {error}")
+        if not found:
+            return Choice(None, "dense", "; ".join(refused))
         best, method, recipe, preset = max(found, key=lambda one: one[0].speedup)
-        others = [f"{name} {one.speedup:.2f}x" for one, name, _, _ in found if name != method]
+        others = [*(f"{name} {one.speedup:.2f}x" for one, name, _, _ in found if name != method), *refused]
         reason = best.describe() + (f"; {' and '.join(others)}" if others else "")
         if best.speedup < PAYS:
             return Choice(None, "dense", f"{method} would not pay ({PAYS}x is wanted): {reason}")
@@ -256,19 +262,25 @@ def _estimate(recipe: SparseAttnProcessor, method: str, situation: Situation) ->
         method,
         tokens=situation.tokens,
         width=situation.width,
-        density=_density(recipe, situation.layout),
+        density=_density(recipe, situation),
         dense_share=1 - sparse_steps / steps * sparse_layers / layers,
         device=situation.device,
     )
 
 
-def _density(recipe: SparseAttnProcessor, layout: TokenLayout) -> float:
+def _density(recipe: SparseAttnProcessor, situation: Situation) -> float:
     """Computed pairs over all pairs: counted where they follow from the layout, else what is to be expected."""
+    layout = situation.layout
     if isinstance(recipe, StaticAttnProcessor):
-        return computed_share(recipe.build_plan(layout, torch.device("cpu")))
-    video = _expected_density(recipe, layout.length)
+        recipes = Counter(recipe.for_site(site) for site in situation.sites) or Counter([recipe])
+        device = torch.device("cpu")
+        shares = [computed_share(each.build_plan(layout, device)) * count for each, count in recipes.items()]
+        return sum(shares) / recipes.total()
+    part = _expected_density(recipe, layout.length)
     shown = (layout.length - layout.text_tokens) / layout.length
-    return video * shown**2 + 1 - shown**2
+    if isinstance(recipe, CompensatedAttnProcessor) and recipe.tau is not None:
+        return part * shown**2 + 1 - shown**2
+    return part * shown + 1 - shown  # a budget is one of all blocks, those of the text among them; its rows are whole
 
 
 def _expected_density(recipe: SparseAttnProcessor, tokens: int) -> float:

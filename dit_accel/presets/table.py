@@ -271,7 +271,7 @@ GRID = (
         "wan2.1-t2v-14b",
         WAN,
         _SVG_SETTINGS | {"density": 0.3, "first_frame": True, "dense_steps": 10 / 50},
-        f"{_SVG}: 720x1280, the first 20 % of 50 steps and 3 % of the layers dense",
+        f"{_SVG}: 720x1280, the first 20 % of 50 steps and 1 layer (3 %, rounded down) dense",
         WAN_14B | {"in_channels": 16},
     ),
     Preset(
@@ -279,7 +279,7 @@ GRID = (
         "wan2.1-i2v-14b",
         WAN,
         _SVG_SETTINGS | {"density": 0.3, "first_frame": True, "dense_steps": 14 / 40},
-        f"{_SVG}: 720x1280, the first 35 % of 40 steps and 3 % of the layers dense",
+        f"{_SVG}: 720x1280, the first 35 % of 40 steps and 1 layer (3 %, rounded down) dense",
         WAN_14B | {"in_channels": 36},
     ),
     Preset(
@@ -287,7 +287,7 @@ GRID = (
         "hunyuanvideo",
         HUNYUAN,
         _SVG_SETTINGS | {"density": 0.25, "first_frame": False, "dense_steps": 5 / 50},
-        f"{_SVG}: 720x1280, the first 10 % of 50 steps and 3 % of the layers dense",
+        f"{_SVG}: 720x1280, the first 10 % of 50 steps and 1 layer (3 %, rounded down) dense",
         HUNYUAN_13B,
     ),
     Preset(
@@ -295,7 +295,7 @@ GRID = (
         "cosmos-14b",
         COSMOS,
         _SVG_SETTINGS | {"density": 0.25, "dense_steps": 10 / 35},
-        f"{_SVG}: 704x1280, the first 10 of 35 steps and 3 % of the layers dense",
+        f"{_SVG}: 704x1280, the first 10 of 35 steps and 1 layer (3 %, rounded down) dense",
         COSMOS_14B,
     ),
 )
@@ -318,7 +318,7 @@ CLUSTER = (
         "wan2.1-t2v-14b",
         WAN,
         _SVG2_SETTINGS | {"q_clusters": 300, "dense_steps": 10 / 50},
-        f"{_SVG2}: 720x1280, the first 20 % of 50 steps and 3 % of the layers dense",
+        f"{_SVG2}: 720x1280, the first 20 % of 50 steps and 1 layer (3 %, rounded down) dense",
         WAN_14B | {"in_channels": 16},
     ),
     Preset(
@@ -326,7 +326,7 @@ CLUSTER = (
         "wan2.1-i2v-14b",
         WAN,
         _SVG2_SETTINGS | {"q_clusters": 300, "dense_steps": 14 / 40},
-        f"{_SVG2}: 720x1280, the first 35 % of 40 steps and 3 % of the layers dense",
+        f"{_SVG2}: 720x1280, the first 35 % of 40 steps and 1 layer (3 %, rounded down) dense",
         WAN_14B | {"in_channels": 36},
     ),
     Preset(
@@ -334,7 +334,7 @@ CLUSTER = (
         "hunyuanvideo",
         HUNYUAN,
         _SVG2_SETTINGS | {"dense_steps": 5 / 50},
-        f"{_SVG2}: 720x1280, the first 10 % of 50 steps and 3 % of the layers dense",
+        f"{_SVG2}: 720x1280, the first 10 % of 50 steps and 1 layer (3 %, rounded down) dense",
         HUNYUAN_13B,
     ),
     Preset(
@@ -342,7 +342,7 @@ CLUSTER = (
         "cosmos-14b",
         COSMOS,
         _SVG2_SETTINGS | {"dense_steps": 10 / 35},
-        f"{_SVG2}: 704x1280, the first 10 of 35 steps and 3 % of the layers dense",
+        f"{_SVG2}: 704x1280, the first 10 of 35 steps and 1 layer (3 %, rounded down) dense",
         COSMOS_14B,
     ),
 )
@@ -352,7 +352,7 @@ PRESETS: tuple[Preset, ...] = (*RADIAL, *ADASPA, *VMOBA, *NEIGHBORHOOD, *COMPENS
 REPLACES: dict[str, dict[str, tuple[str, ...]]] = {
     "all": {"schedule": ("dense_steps", "dense_layers")},
     "adaspa": {"recall": ("density",), "density": ("recall",)},
-    "agent": {"mode": ("dense_steps",)},
+    "agent": {"mode": ("dense_steps", "shortcut")},
     "grid": {"pattern": ("first_frame",)},
     "cluster": {"density": ("top_p", "min_kc_ratio"), "top_p": ("density",), "min_kc_ratio": ("density",)},
     "compensated": {"density": ("tau", "variance"), "tau": ("density",), "variance": ("density",)},

@@ -18,6 +18,11 @@ from ..roots import find_roots
 Guidance = tuple[float | None, float | None]
 UNKNOWN = "unknown"
 _LOOKED_AT = 8  # weights whose first values make the fingerprint
+_HASHED = {
+    "config": "configuration of the model",
+    "weights": "weights of the model",
+    "noise": "settings of the scheduler",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Key:
         size: tokens in height and width.
         guidance: scale of guidance.
         guidance_2: that of a second expert (Wan 2.2).
+        noise: hash of the settings of its scheduler, of which ``shift`` is one.
     """
 
     pipeline: str
@@ -53,6 +59,7 @@ class Key:
     size: tuple[int, int] | None = None
     guidance: float | None = None
     guidance_2: float | None = None
+    noise: str = UNKNOWN
 
     def of_run(self, steps: int | None, grid: tuple[int, int, int], guidance: Guidance) -> Key:
         """The same model in one generation; ``guidance`` as :func:`guidance_of` tells it."""
@@ -65,6 +72,8 @@ class Key:
         names = ["pipeline", "config", "scheduler", "shift", "dtype", "attention"]
         if self.dtype == other.dtype and UNKNOWN not in (self.weights, other.weights):
             names.append("weights")
+        if (self.scheduler, self.shift) == (other.scheduler, other.shift) and UNKNOWN not in (self.noise, other.noise):
+            names.append("noise")
         return [_said(name, self, other) for name in names if not _same(getattr(self, name), getattr(other, name))]
 
     def differences(self, other: Key) -> list[str]:
@@ -89,13 +98,13 @@ class Key:
             ValueError: for other entries than its own.
         """
         known = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != known:
+        if not isinstance(values, Mapping) or not known - {"noise"} <= set(values) <= known:
             raise ValueError(f"the key of a profile has the entries {', '.join(sorted(known))}")
         size = values["size"]
         kinds: dict[str, Any] = dict.fromkeys(("steps", "frames"), int) | dict.fromkeys(
             ("shift", "guidance", "guidance_2"), Real
         )
-        for name in known - {"size"}:
+        for name in set(values) - {"size"}:
             if not isinstance(values[name], kinds.get(name, str)) and (name not in kinds or values[name] is not None):
                 raise ValueError(f"{name} of the key is {values[name]!r}")
         return cls(**{**values, "size": None if size is None else (int(size[0]), int(size[1]))})
@@ -129,6 +138,7 @@ def key_of(pipe: Any, attention: str = "stock") -> Key:
         shift=None if shift is None else float(shift),
         dtype=str(next(first.parameters()).dtype).removeprefix("torch."),
         attention=attention,
+        noise=_hash([_public(config_of(scheduler))]),
     )
 
 
@@ -162,7 +172,10 @@ def _hash(parts: Any) -> str:
 
 
 def _weights(roots: Mapping[str, nn.Module]) -> str:
-    """Names and shapes of all weights, and the first values of some; unknown where they are not in memory."""
+    """Names and shapes of all weights, and the first values of some; unknown where they are not in memory.
+
+    Of adapters that are on, as LoRAs, the strengths as well, which are no weights.
+    """
     parts: list[Any] = []
     for name, root in sorted(roots.items()):
         weights = list(root.named_parameters())
@@ -172,7 +185,20 @@ def _weights(roots: Mapping[str, nn.Module]) -> str:
                 return UNKNOWN
             values = weight.detach().flatten()[:16].to("cpu", torch.float32)
             parts.append([path, [f"{value:.3g}" for value in values.tolist()]])
+        if strengths := _strengths(root):
+            parts.append(strengths)
     return _hash(parts)
+
+
+def _strengths(root: nn.Module) -> list[str]:
+    """Path, name and strength of every adapter that is on, as peft's layers tell them."""
+    found = []
+    for path, layer in root.named_modules():
+        strengths = getattr(layer, "scaling", None)
+        if isinstance(strengths, dict) and not getattr(layer, "disable_adapters", False):
+            active = getattr(layer, "active_adapters", strengths)
+            found += [f"{path} {name} {float(strengths[name]):.6g}" for name in active if name in strengths]
+    return found
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -182,6 +208,6 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _said(name: str, made: Key, here: Key) -> str:
-    if name in ("config", "weights"):
-        return f"other {'configuration' if name == 'config' else 'weights'} of the model"
+    if name in _HASHED:
+        return f"other {_HASHED[name]}"
     return f"{name} {getattr(here, name)} in place of {getattr(made, name)}"

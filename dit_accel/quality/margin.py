@@ -43,6 +43,20 @@ def lower_bound(scores: Sequence[float], coverage: float | None) -> float:
     return min(*scores, mean - student_quantile(coverage, count - 1) * spread * math.sqrt(1 + 1 / count))
 
 
+def shared_coverage(coverage: float | None, caches: int) -> float | None:
+    """The coverage that each of several caches needs for the one that is chosen to have it.
+
+    The fastest of many that pass is likely the luckiest one, and does worse on the next prompt than its bound says.
+    So the chance of a miss is divided among all that could have been chosen (Bonferroni's correction, which also holds
+    where their scores depend on each other, and then is careful).
+
+    Args:
+        coverage: that is wanted, in [0.5, 1); None for the lowest score alone.
+        caches: how many passed.
+    """
+    return None if coverage is None else 1 - (1 - coverage) / max(1, caches)
+
+
 @cache
 def student_quantile(probability: float, freedom: int) -> float:
     """The quantile of Student's t distribution, by bisection on its integrated density.

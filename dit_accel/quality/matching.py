@@ -12,7 +12,7 @@ from typing import Any
 
 from .key import Key, key_of, same_bucket
 from .profile import HOW_TO_TUNE, Profile, ProfileWarning, load_profile
-from .request import attention_of, settled, steps_of
+from .request import attention_of, defaults_of, settled, steps_of
 from .target import Target
 from .tuning import tune
 
@@ -73,10 +73,10 @@ def profile_for(
         return found
     beside = settled(pipe, beside)
     place = Path(folder).expanduser() if folder is not None else profiles_folder()
-    wanted = dict(call)
-    if prompts:  # what would be tuned has the pipeline's own number of steps
-        wanted.setdefault("num_inference_steps", steps_of(pipe, call))
-    saved = matching(place, key_of(pipe, attention_of(beside)), target, wanted)
+    wanted, own = dict(call), defaults_of(pipe)
+    if prompts:  # what would be tuned has the pipeline's own steps and sizes
+        wanted = {name: own.get(name) for name in _CHOOSING} | wanted | {"num_inference_steps": steps_of(pipe, call)}
+    saved = matching(place, key_of(pipe, attention_of(beside)), target, wanted, own, exact=bool(prompts))
     if len(saved) > 1:
         names = ", ".join(f"'{path}' ({each.asked_steps} steps)" for path, each in saved)
         raise ValueError(f"several profiles fit: {names}; choose one by profile='...'")
@@ -91,7 +91,12 @@ def profile_for(
 
 
 def matching(
-    folder: Path, key: Key, target: Target, call: Mapping[str, Any] | None = None
+    folder: Path,
+    key: Key,
+    target: Target,
+    call: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    exact: bool = False,
 ) -> list[tuple[Path, Profile]]:
     """Saved profiles of a model and a target; files that are none are passed over with a warning.
 
@@ -100,6 +105,8 @@ def matching(
         key: of the model.
         target: what they keep.
         call: what is known of the call they are to be for, see :func:`profile_for`.
+        defaults: arguments that the pipeline's call has by itself, which hold for what a profile does not name.
+        exact: whether what the model decides by itself (None) is another thing than a number; else it may be the same.
     """
     found = []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
@@ -109,22 +116,25 @@ def matching(
             warnings.warn(f"dit_accel: passed over: {error}", ProfileWarning, stacklevel=2)
             continue
         fits = profile.target == target and not profile.key.model_differences(key)
-        if fits and _is_for(profile, call or {}):
+        if fits and _is_for(profile, call or {}, defaults or {}, exact):
             found.append((path, profile))
     return found
 
 
-def _is_for(profile: Profile, call: Mapping[str, Any]) -> bool:
-    """Whether a profile was tuned with such a call, as far as both are known."""
-    steps, saved = call.get("num_inference_steps"), profile.settings.get("call", {})
+def _is_for(profile: Profile, call: Mapping[str, Any], defaults: Mapping[str, Any], exact: bool) -> bool:
+    """Whether a profile was tuned with such a call, as far as this is known."""
+    steps, saved = call.get("num_inference_steps"), {**defaults, **profile.settings.get("call", {})}
     if (profile.is_off and call.get("force")) or (steps is not None and profile.asked_steps not in (None, steps)):
         return False
-    both = {name: (saved[name], call[name]) for name in _CHOOSING if None not in (saved.get(name), call.get(name))}
-    if {"height", "width"} <= both.keys():
-        sizes = zip(both.pop("height"), both.pop("width"), strict=True)
+    both = {name: (saved.get(name), call[name]) for name in _CHOOSING if name in call}
+    known = {name: pair for name, pair in both.items() if None not in pair}
+    if exact and any(then != now for name, (then, now) in both.items() if name not in known):
+        return False
+    if {"height", "width"} <= known.keys():
+        sizes = zip(known.pop("height"), known.pop("width"), strict=True)
         if not same_bucket(*sizes):
             return False
-    return all(then == now for then, now in both.values())
+    return all(then == now for then, now in known.values())
 
 
 def file_name(profile: Profile) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..entry import accelerate
 from ..metrics import describe_noise_floor, flicker, lpips, motion_ratio, psnr, ssim
 from ..metrics.perceptual import LEAST_SIDE
-from .sampling import Generation, Sampler
+from .sampling import Generation, NotFinite, Sampler
 from .spec import CacheSpec
 from .target import Target
 
@@ -186,8 +186,15 @@ class Bench:
         self.wants_fresh_times = False
 
     def run_dense(self, number: int) -> Generation:
-        """One more dense run of a prompt; how far it is from its first one lowers the noise floor."""
-        found = self.sampler.run(self.prompts[number], number)
+        """One more dense run of a prompt; how far it is from its first one lowers the noise floor.
+
+        Raises:
+            ValueError: if it comes to NaN, which is no fault of a cache.
+        """
+        try:
+            found = self.sampler.run(self.prompts[number], number)
+        except NotFinite as error:
+            raise ValueError(f"without any cache, {self.prompts[number]!r}: {error}") from error
         self.runs["dense"] += 1
         if number in self._dense:
             self.floor = self.floor.joined(compare(self.prompts[number], self._dense[number], found))
@@ -220,9 +227,11 @@ class Bench:
 
     def dense_steps(self, steps: int) -> int:
         """First steps at which sparse attention beside the cache is dense, so that nothing is reused either."""
-        method = self._beside.get("attention")
-        schedule = getattr(method, "schedule", None)
-        return 0 if schedule is None else int(schedule.dense_step_count(steps))
+        beside = {name: value for name, value in self._beside.items() if name != "anchor"}  # which wants a cache
+        if "attention" not in beside:
+            return 0
+        with accelerate(self.sampler.pipe, **beside) as handle:
+            return handle.warm_up_steps(steps)
 
     def measured(self) -> dict[CacheSpec, list[Pair]]:
         """Every cache that was run, and its pairs; of this session alone where fresh times are wanted."""

@@ -37,12 +37,13 @@ class Profile:
         spec: the cache; None if the profile says to run dense.
         reason: why this one, or why none.
         measured: of the cache that was chosen: ``speed_up`` (wall time dense / cached, alternating in one process),
-            ``min`` and ``median`` of the metrics over all prompts, ``prompts`` and ``held_out`` (their number), and
+            by metric its ``worst`` and ``median`` over all prompts, ``prompts`` and ``held_out`` (their number), and
             ``pairs``, one record for each prompt. Empty if there is none.
         noise_floor: PSNR, SSIM and relative error between dense runs from the same noise.
         candidates: one record for each cache that was run, the fastest first: ``cache`` and ``verdict`` in words,
             ``speed_up``, and ``worst`` and ``median`` of each metric over the prompts it was run on.
-        settings: what tuning was told: margin, prompts, seed, the settings of the call and its steps.
+        settings: what tuning was told: margin, prompts, seed, the settings of the call and its steps; and what it
+            took: ``generations``, and by how many caches the held-out prompts were asked (``judged_by_held_out``).
         alarms: what is to be looked at, in words, such as lost motion.
     """
 
@@ -63,7 +64,7 @@ class Profile:
 
     @property
     def misses_target(self) -> bool:
-        """Whether caches were run, and none kept the quality that was asked for."""
+        """Whether caches were run, and none of them serves for the quality that was asked for."""
         return self.is_off and not self.target.is_time and bool(self.candidates)
 
     @property

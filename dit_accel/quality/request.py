@@ -22,7 +22,7 @@ class Margins:
 
     Attributes:
         coverage: probability with which one more prompt is to meet the target, by the spread over prompts (see
-            :func:`.lower_bound`); None to accept on the lowest prompt alone.
+            :func:`.lower_bound`, and :func:`.shared_coverage`); None to accept on the lowest prompt alone.
         min_speed_up: least measured gain in wall time for which a cache is worth its while.
     """
 
@@ -91,7 +91,14 @@ def attention_of(beside: Mapping[str, Any] | None) -> str:
 
 def steps_of(pipe: Any, call: Mapping[str, Any]) -> int | None:
     """The number of sampling steps of a call; None if it cannot be told before."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
-    own = None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
-    steps = call.get("num_inference_steps", own)
+    for name in ("sigmas", "timesteps"):  # lists of the user's own, one for each step
+        if call.get(name) is not None:
+            return len(call[name])
+    steps = call.get("num_inference_steps", defaults_of(pipe).get("num_inference_steps"))
     return steps if isinstance(steps, int) else None
+
+
+def defaults_of(pipe: Any) -> dict[str, Any]:
+    """The arguments that a pipeline's call has by itself."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return {name: each.default for name, each in parameters.items() if each.default is not each.empty}

@@ -98,8 +98,8 @@ class Sampler:
 
     def _now(self) -> float:
         """The time at which the device has done all it was given, in seconds."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type in ("cuda", "mps", "xpu"):
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
 

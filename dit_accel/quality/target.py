@@ -71,6 +71,13 @@ class Target:
         loss, factor = (1 - value, 10) if self.kind == "ssim" else (value, 20)
         return MOST if loss <= 0 else min(-factor * math.log10(loss), MOST)
 
+    def said(self, score: float) -> str:
+        """A :meth:`score` as what was measured, with its unit."""
+        if self.kind in ("psnr", "time"):
+            return f"{score:.2f} dB"
+        loss = 10 ** (-score / (10 if self.kind == "ssim" else 20))
+        return f"an SSIM of {1 - loss:.4f}" if self.kind == "ssim" else f"a relative error of {loss:.3g}"
+
     def describe(self) -> str:
         """In words, such as ``"PSNR of at least 28 dB"``."""
         words = {

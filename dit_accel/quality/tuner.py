@@ -15,7 +15,7 @@ from .amplification import fit_weights
 from .candidates import KINDS, Ladder, Prospects, Rung
 from .climb import last_good
 from .key import Key
-from .margin import lower_bound
+from .margin import lower_bound, shared_coverage
 from .pairs import Bench, Pair, alarms, describe_floor, records, speed_up, summary
 from .profile import Profile
 from .request import Margins, steps_of
@@ -59,6 +59,10 @@ class Tuner:
     _notes: dict[str, str] = field(default_factory=dict)
     _shares: dict[CacheSpec, float] = field(default_factory=dict)
     _probes: set[CacheSpec] = field(default_factory=set)
+    _unfinished: set[CacheSpec] = field(default_factory=set)  # whose first prompts failed, so that no other was run
+    _judged: set[CacheSpec] = field(default_factory=set)  # that prompts held out were asked about
+    _passed: set[CacheSpec] = field(default_factory=set)  # that kept the target on the prompts tuned on
+    _dense_seconds: float = math.inf
 
     def __post_init__(self) -> None:
         self.sampler, self.prompts = self.bench.sampler, self.bench.prompts
@@ -75,8 +79,10 @@ class Tuner:
             self.bench.run_dense(0)
         self.tell(f"noise floor: {describe_floor(self.bench.floor)}")
         self.bench.floor.check(self.target)
-        if self.target.is_time and (dense := self.bench.run_dense(0).seconds) <= self.target.value:
-            return self.off(f"dense takes {dense:.3g} s, which is fast enough")
+        if self.target.is_time:
+            self._dense_seconds = self.bench.run_dense(0).seconds
+            if self._dense_seconds <= self.target.value:
+                return self.off(f"dense takes {self._dense_seconds:.3g} s, which is fast enough")
         prospects = Prospects(self.traces, dense_steps=self.bench.dense_steps(trace.steps))
         nothing = f"{trace.steps} steps leave nothing to reuse"
         if not prospects.static().rungs:
@@ -145,7 +151,10 @@ class Tuner:
     # ---- a quality ---------------------------------------------------------------------------------------------
 
     def _at_quality(self, ladders: Sequence[Ladder], offset: float) -> Profile:
-        """Searches, and asks the held-out prompts; where they fail, again with more margin, for what is faster."""
+        """Searches, and asks the held-out prompts; where they fail, again with more margin, for what is faster.
+
+        If nothing has that margin, what keeps the target without it is asked as well: it may do for those prompts.
+        """
         extra, last = 0.0, "no cache keeps the target"
         best: Rung | None = None
         for _ in range(_ROUNDS):
@@ -159,7 +168,10 @@ class Tuner:
                     break
                 shorts.append(short)
             if not shorts:
-                break
+                if best is not None or not extra:
+                    break
+                extra = 0.0
+                continue
             if math.isinf(min(shorts)):
                 last = "what keeps the target on the prompts tuned on fails on those held out"
                 continue
@@ -204,22 +216,28 @@ class Tuner:
             scores.append(pair.score(self.target))
             if scores[-1] < wanted:
                 break
-        bound = lower_bound(scores, self.margins.coverage if len(scores) == self.tuned > 1 else None)
+        is_whole = len(scores) == self.tuned
+        bound = lower_bound(scores, self.margins.coverage if is_whole and self.tuned > 1 else None)
         self._bounds[rung.spec], keeps = bound, bound >= wanted
-        self._verdicts[rung.spec] = "kept" if keeps else "below target"
+        (self._unfinished.discard if is_whole else self._unfinished.add)(rung.spec)
+        below = "below target" if bound < self.target.wanted else "too near the target"
+        self._verdicts[rung.spec] = "kept" if keeps else below
+        if is_whole and bound >= self.target.wanted:
+            self._passed.add(rung.spec)
         expected = f"{min(scores):.2f} dB at least, {bound:.2f} dB to be expected"
         self.tell(f"{'keeps' if keeps else 'misses'} {wanted:.4g} dB ({expected}): {rung.spec.describe()}")
         return keeps
 
     def _shortfall(self, rung: Rung) -> float:
         """By how many decibels held-out prompts miss the target, or all prompts the margin; infinite if one fails."""
+        self._judged.add(rung.spec)
         numbers = range(self.tuned, len(self.prompts))
         pairs = [self._attempt(rung.spec, number, timed=True) for number in numbers]
         held_out = [pair.score(self.target) for pair in pairs if pair is not None]
         if len(held_out) < len(pairs):
             return math.inf
         tuned = [self._run(rung.spec, number).score(self.target) for number in range(self.tuned)]
-        bound = lower_bound([*tuned, *held_out], self.margins.coverage)
+        bound = lower_bound([*tuned, *held_out], shared_coverage(self.margins.coverage, len(self._passed)))
         self._bounds[rung.spec] = bound
         short = self.target.wanted - min(min(held_out), bound)
         if short > 0:
@@ -242,12 +260,12 @@ class Tuner:
         return min(pair.score(self.target) for pair in self.bench.measured()[spec])
 
     def _nearest(self) -> str:
-        """The one that came nearest to being good enough, and what it lacks."""
-        spec = max(self._bounds, key=lambda each: self._bounds[each])
-        return (
-            f"{spec.describe()}, {self._worst(spec):.2f} dB on its worst prompt and {self._bounds[spec]:.2f} dB to be "
-            "expected of one more"
-        )
+        """What came nearest to being good enough, and what it lacks; one that all prompts were run on, if any."""
+        spec = max(self._bounds, key=lambda each: (each not in self._unfinished, self._bounds[each]))
+        worst = f"{spec.describe()}, {self.target.said(self._worst(spec))} on its worst prompt"
+        if spec in self._unfinished:
+            return f"{worst}, with others left out"
+        return f"{worst} and {self.target.said(self._bounds[spec])} to be expected of one more"
 
     # ---- a time ------------------------------------------------------------------------------------------------
 
@@ -258,12 +276,17 @@ class Tuner:
             if not found:
                 break
             for rung in sorted(found, key=self._worst_score, reverse=True):
-                held_out = [self._attempt(rung.spec, n, timed=True) for n in range(self.tuned, len(self.prompts))]
-                seconds = statistics.median(math.inf if pair is None else pair.seconds for pair in held_out)
-                if None not in held_out and seconds <= self.target.value:
+                tried = [self._attempt(rung.spec, n, timed=True) for n in range(self.tuned, len(self.prompts))]
+                held_out = [pair for pair in tried if pair is not None]
+                seconds = statistics.median(math.inf if pair is None else pair.seconds for pair in tried)
+                speed = speed_up(held_out) or 1.0
+                self._judged.add(rung.spec)
+                kept = len(held_out) == len(tried) and seconds <= self.target.value
+                if kept and speed >= self.margins.min_speed_up:
                     return self._finish(rung.spec)
                 self._verdicts[rung.spec] = _FAILED
-                last = f"what is fast enough on the prompts tuned on takes {seconds:.3g} s on those held out"
+                found_out = f"takes {seconds:.3g} s, with dense {speed:.3g} times as long, on those held out"
+                last = f"what is fast enough on the prompts tuned on {found_out}"
         measured = self.bench.measured().values()
         if not measured:
             return self.off("every cache fails")
@@ -301,7 +324,8 @@ class Tuner:
         if len(pairs) < self.tuned:
             return None
         seconds = statistics.median(pair.seconds for pair in pairs)
-        fast = seconds <= self.target.value
+        # What is fast enough and hardly faster than dense would be off, where a faster one serves.
+        fast = seconds <= min(self.target.value, self._dense_seconds / self.margins.min_speed_up)
         self._verdicts[rung.spec] = "fast enough" if fast else "too slow"
         self.tell(f"takes {seconds:.3g} s: {rung.spec.describe()}")
         return fast
@@ -413,6 +437,7 @@ class Tuner:
             "call": dict(self.sampler.settings),
             "asked_steps": steps_of(self.sampler.pipe, self.sampler.settings),
             "generations": dict(self.bench.runs),
+            "judged_by_held_out": len(self._judged),
             "left_out": dict(self._notes),
         }
 

@@ -45,9 +45,9 @@ def tune(
     """Finds the fastest feature cache with which a pipeline keeps a quality, or the most exact one within a time.
 
     Dense runs of the prompts are recorded; schedules and thresholds are searched on the records without the model; the
-    best of them run for real, and every decision is taken on real pairs of the same noise. Prompts held out take part
-    in nothing but the last check. Accepted is what keeps the target on the worst prompt and, by the spread over
-    prompts, would keep it on the next one too.
+    best of them run for real, and every decision is taken on real pairs of the same noise. Prompts held out judge what
+    has passed on the others; where it fails there the search goes on with more margin. Accepted is what keeps the
+    target on the worst prompt and, by the spread over prompts, would keep it on the next one too.
 
     Args:
         pipe: a text-to-video or text-to-image pipeline that is not accelerated.
@@ -165,7 +165,7 @@ def tune_all(
         faster = _faster(profile, profiles.values())
         profiles[number] = profile = profile if faster is None else tuner.adopt(faster)
         if profile.is_off:
-            text = f"dit_accel: no cache keeps {target.describe()}: {profile.reason}"
+            text = f"dit_accel: no cache is used for {target.describe()}: {profile.reason}"
             warnings.warn(text, ProfileWarning, stacklevel=3)
     return [profiles[number] for number in range(len(targets))]
 

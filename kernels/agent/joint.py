@@ -9,7 +9,7 @@ agents as out_G is, by the weights P of the second softmax:
 
     log Z_G(q) = sum over agents a of P_qa log Z_G(a)
 
-A query that is its own agent has it exactly.
+It is exact where the second softmax falls on one agent that equals the query.
 
 Agents: Han et al., ECCV 2024, arXiv 2312.08874; exact parts and their weight are ours.
 """

@@ -25,6 +25,8 @@ Select = Literal["top_k", "threshold"]
 Scope = Literal["query", "cell", "head", "all"]
 SCOPES = ("query", "cell", "head", "all")
 
+CUT_BYTES = 1 << 28
+"""Of the bitmaps that one call may make for key blocks of many cells; they are kept until the next search."""
 _EPS = 1e-6  # gates that differ by less count as equal, as in the authors' code
 
 
@@ -50,11 +52,13 @@ def cell_plan(
         The plan, with lists per batch item and head; its density is NaN until it is counted.
 
     Raises:
-        ValueError: q, k and the cells do not fit together, or "top_k" for scope "cell".
+        ValueError: q, k and the cells do not fit together, "top_k" for scope "cell", or bitmaps of blocks that hold
+            many cells would take more than `CUT_BYTES`.
     """
     check_search(q, k, cells.block_q, cells.block_kv)
     if q.shape[1] != cells.order.numel():
         raise ValueError(f"q has {q.shape[1]} tokens, the cells are those of {cells.order.numel()}.")
+    _check_memory(q, cells)
     given = f"tensor {tuple(amount.shape)}" if isinstance(amount, Tensor) else amount
     if not isinstance(amount, Tensor):
         amount = torch.full((1,), amount, dtype=torch.float64, device=q.device)
@@ -77,6 +81,17 @@ def cell_plan(
         pair_test=test,
         order=cells.order,
     )
+
+
+def _check_memory(q: Tensor, cells: Cells) -> None:
+    rows = -(-cells.order.numel() // cells.block_q)
+    size = 4 * q.shape[0] * q.shape[2] * rows * cells.crowded.numel() * cells.block_q * cells.words.shape[2]
+    if size > CUT_BYTES:
+        raise ValueError(
+            f"{cells.crowded.numel()} blocks of keys hold more than {SUBSET_CELLS} cells each, and to cut them the "
+            f"bitmaps of one call would take {size >> 20} MiB; the limit is {CUT_BYTES >> 20}. Keep whole blocks "
+            "instead, boundaries='keep', or take larger cells."
+        )
 
 
 def gates(q: Tensor, k: Tensor, cells: Cells, block: int) -> Tensor:

@@ -61,8 +61,8 @@ DEFAULT_OPTIONS = KernelOptions()
 def longest_first(counts: Tensor) -> Tensor:
     """Rows of each head by descending list length; sorted on the device, once for each tensor of counts.
 
-    A plan that is used again finds its order here.  Counts that were changed in place meanwhile get the order of
-    before: still each row once.
+    A plan that is used again finds its order here, but one that was recorded into a CUDA graph, and so not sorted yet.
+    Counts that were changed in place meanwhile get the order of before: still each row once.
 
     Args:
         counts: int32 `[..., NQ]`, `SparsePlan.counts`.
@@ -73,7 +73,8 @@ def longest_first(counts: Tensor) -> Tensor:
     order: Tensor | None = _orders.get(counts)
     if order is None:
         order = counts.argsort(dim=-1, descending=True, stable=True).to(torch.int32).contiguous()
-        _orders[counts] = order
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            _orders[counts] = order
     return order
 
 

@@ -51,6 +51,16 @@ def test_the_order_is_forgotten_with_its_plan() -> None:
     assert len(options._orders) == held
 
 
+def test_no_order_is_kept_that_a_capture_only_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    counts = torch.tensor([[[3, 9]]], dtype=torch.int32)
+    assert longest_first(counts).tolist() == [[[1, 0]]] and counts not in options._orders
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    longest_first(counts)
+    assert counts in options._orders
+
+
 def test_largest_norms() -> None:
     k = torch.randn(2, 9, 3, 8).to(torch.bfloat16).transpose(1, 2)
     torch.testing.assert_close(largest_norms(k), k.double().norm(dim=-1).amax(-1).float())

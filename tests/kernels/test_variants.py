@@ -100,6 +100,13 @@ def test_auto_takes_tma_once_its_self_check_passed(machine: Machine) -> None:
     assert check("triton", CALL).variant == "tma"
 
 
+def test_a_variant_can_be_refused_for_the_process(machine: Machine) -> None:
+    self_check.refuse("tma", torch.device("cuda", 0), "it hangs")
+    answer = choose(CALL)
+    assert answer.variant == "pointer" and "not tma: it hangs" in answer.reason
+    assert machine.runs == {("pointer", 0): 1}
+
+
 def test_the_report_of_an_accelerated_model_names_the_variant(machine: Machine) -> None:
     weight = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
     module = SimpleNamespace(parameters=lambda: iter([weight]), inner_dim=256, heads=2)

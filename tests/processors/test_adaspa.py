@@ -236,7 +236,7 @@ def test_searches_are_at_20_and_60_percent(steps: int, first: int, again: int) -
     processor = AdaSpaAttnProcessor()
     assert next(s for s in range(steps) if processor.is_sparse(SITE, state(s, steps))) == first
     assert [s for s in range(steps) if processor.renews(SITE, state(s, steps))] == [again]
-    counted = AdaSpaAttnProcessor(search_again=[first, 20, 1.0])
+    counted = AdaSpaAttnProcessor(search_again=[first, 20, 0.9999])
     assert [s for s in range(30) if counted.renews(SITE, state(s, 30))] == sorted({first, 20})
 
 
@@ -280,6 +280,7 @@ def test_drift_is_the_cosine_of_mean_vectors() -> None:
         ({"drift": 2.5}, "2.5"),
         ({"search_again": 0.6}, "list of steps"),
         ({"search_again": [1.5]}, "1.5"),
+        ({"search_again": [1.0]}, r"\[0, 1\) .*got 1.0"),  # behind the last step
         ({"search_again": [-1]}, "-1"),
         ({"search_again": ["half"]}, "half"),
     ],

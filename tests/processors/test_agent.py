@@ -178,6 +178,19 @@ def test_only_fine_levels_of_a_unet_take_part(root: Any, grid: Any, size: int) -
             assert (processor.at_step(setup, site, state(0, (1, *root))) is None) is (size > most)
 
 
+def test_levels_that_take_no_part_may_be_too_small_for_the_agents() -> None:
+    """256 agents for the 256 tokens of a 16x16 level, of which the finest alone, with 4096, takes part."""
+    layout, at = TokenLayout.video_only((1, 16, 16)), state(0, (1, 64, 64))
+    processor = AgentAttnProcessor(mode="pool", agents=256)
+    assert processor.at_step(processor.set_up(UNET, layout, CPU), UNET, at) is None
+    reaching = AgentAttnProcessor(mode="pool", agents=256, max_downsample=4)
+    setup = reaching.set_up(UNET, layout, CPU)
+    with pytest.raises(
+        ValueError, match="256 agents for 256 tokens, which saves nothing; give a number from 1 to 127"
+    ):
+        reaching.at_step(setup, UNET, at)
+
+
 def draw(processor: AgentAttnProcessor, step: int = 0, layer: int = 0, branch: str = "cond") -> list[int]:
     site = SiteInfo(UNET.path, "self", layer, 4, "unet")
     setup = processor.set_up(site, TokenLayout.video_only((1, 16, 16)), CPU)
@@ -307,6 +320,8 @@ def test_warm_up_is_that_of_the_mode_unless_given(options: dict[str, Any], first
     assert list(warm_ups(processor)) == first
     again = AgentAttnProcessor(**processor.settings())
     assert list(warm_ups(again)) == first and repr(again) == repr(processor)
+    if first[0] < 50:  # dense layers are no warm-up
+        assert [processor.warm_up_steps([site], 50) for site in (UNET, JOINT)] == first
 
 
 def test_autocast_changes_no_pair() -> None:

@@ -10,8 +10,10 @@ import pytest
 
 from dit_accel.quality.candidates import Rung
 from dit_accel.quality.key import Key
-from dit_accel.quality.pairs import Bench
+from dit_accel.quality.margin import lower_bound
+from dit_accel.quality.pairs import Bench, Pair
 from dit_accel.quality.request import Margins
+from dit_accel.quality.spec import CacheSpec
 from dit_accel.quality.target import Target
 from dit_accel.quality.tuner import Tuner
 
@@ -70,6 +72,24 @@ def test_something_faster_is_looked_for_with_more_margin() -> None:
 def test_the_margin_grows_by_the_smallest_gap() -> None:
     chosen, asked = tuned([["fast", "slow"], ["safe"]], {"fast": 13.8, "slow": 0.7, "safe": -0.1})
     assert chosen == "safe" and asked == pytest.approx([0.0, 0.7])
+
+
+def test_where_nothing_has_the_margin_what_has_less_is_asked() -> None:
+    chosen, asked = tuned([["fast"], [], ["slow"]], {"fast": 1.5, "slow": -0.5})
+    assert chosen == "slow" and asked == pytest.approx([0.0, 1.5, 0.0])
+
+
+@pytest.mark.parametrize(("passed", "short"), [(1, -0.30), (2, 0.59), (10, 2.98)])
+def test_the_more_caches_passed_the_surer_the_chosen_one_must_be(passed: int, short: float) -> None:
+    """Six prompts of 34 dB in the mean: 30.3 dB is to be expected of a new one, less for the best of several."""
+    scores = [32.0, 33.0, 34.0, 34.0, 35.0, 36.0]
+    specs = [CacheSpec(10, "output", "reuse", (0, step)) for step in range(1, 11)][:passed]
+    pairs = [Pair("a", psnr, 1.0, 0.0) for psnr in scores]
+    bench = cast(Bench, SimpleNamespace(sampler=None, prompts=["a"] * 6, pair=lambda _, n, timed: pairs[n]))
+    tuner = Tuner(Target("psnr", 30.0), Margins(), bench, 4, cast(Key, None), lambda text: None)
+    tuner._passed = {*specs}
+    found = tuner._shortfall(cast(Rung, SimpleNamespace(spec=specs[0])))
+    assert found == pytest.approx(30.0 - lower_bound(scores, 1 - 0.03 / passed)) == pytest.approx(short, abs=0.01)
 
 
 def test_where_nothing_is_left_it_says_by_how_much_the_last_ones_missed() -> None:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from dit_accel.quality.margin import lower_bound, student_quantile
+from dit_accel.quality.margin import lower_bound, shared_coverage, student_quantile
 from dit_accel.quality.target import MOST, Target, target_from
 
 
@@ -22,6 +22,28 @@ def test_quantiles_are_those_of_the_tables(probability: float, freedom: int, val
 @pytest.mark.parametrize(("prompts", "factor"), [(3, 4.5), (4, 3.3), (8, 2.4)])
 def test_the_documented_factors_on_the_spread(prompts: int, factor: float) -> None:
     assert round(student_quantile(0.97, prompts - 1) * math.sqrt(1 + 1 / prompts), 1) == factor
+
+
+@pytest.mark.parametrize(("prompts", "factor"), [(8, 4.1), (16, 3.3)])
+def test_the_documented_factors_for_the_best_of_ten(prompts: int, factor: float) -> None:
+    coverage = shared_coverage(0.97, 10)
+    assert coverage is not None and coverage == pytest.approx(0.997)
+    assert round(student_quantile(coverage, prompts - 1) * math.sqrt(1 + 1 / prompts), 1) == factor
+    assert shared_coverage(0.97, 0) == shared_coverage(0.97, 1) == pytest.approx(0.97)
+    assert shared_coverage(None, 7) is None
+
+
+def test_the_luckiest_of_several_keeps_what_is_promised() -> None:
+    """Eight caches that are alike, of which the one with the highest bound is taken."""
+    rng = random.Random(0)
+    held = {8: 0, 1: 0}
+    for _ in range(1500):
+        several = [[rng.gauss(30, 2) for _ in range(6)] for _ in range(8)]
+        new = rng.gauss(30, 2)
+        for caches in held:
+            coverage = shared_coverage(0.95, caches)
+            held[caches] += new >= max(lower_bound(scores, coverage) for scores in several)
+    assert held[8] / 1500 >= 0.95 > 0.93 > held[1] / 1500
 
 
 def test_the_documented_chance_that_15_of_16_keep_the_target() -> None:

@@ -130,6 +130,25 @@ def test_keys_tell_models_apart(pipe: TinyPipeline) -> None:
     assert key.model_differences(key_of(half)) == ["dtype bfloat16 in place of float32"]
     assert key.model_differences(key_of(pipe, "radial")) == ["attention radial in place of stock"]
     assert key.model_differences(replace(key, model="elsewhere", weights="unknown")) == []
+    karras = key_of(TinyPipeline(FlowMatchEulerDiscreteScheduler(shift=3.0, use_karras_sigmas=True)))
+    assert key.model_differences(karras) == ["other settings of the scheduler"]
+    older = {name: value for name, value in key.to_json().items() if name != "noise"}
+    assert Key.from_json(older).model_differences(karras) == []
+
+
+def test_keys_tell_strengths_of_adapters_apart(pipe: TinyPipeline) -> None:
+    """Layers as those of peft: a mapping of strengths, and which of them are on."""
+    keys = []
+    for strength, is_off, active in (
+        (1.0, False, ["x"]),
+        (0.3, False, ["x"]),
+        (0.3, True, ["x"]),
+        (1.0, False, ["y"]),
+    ):
+        layer = pipe.transformer.blocks[0].attn1.to_q
+        layer.scaling, layer.disable_adapters, layer.active_adapters = {"x": strength, "y": 2.0}, is_off, active
+        keys.append(key_of(pipe).weights)
+    assert len(set(keys)) == 4 and keys[2] == key_of(TinyPipeline()).weights
 
 
 def test_runs_differ_in_what_matters(pipe: TinyPipeline) -> None:
@@ -278,6 +297,25 @@ def test_saved_profiles_are_chosen_by_the_call(
         guarded(pipe, made, num_inference_steps=10)
 
 
+@pytest.mark.parametrize(
+    ("call", "exact", "fits"),
+    [
+        ({"num_frames": 81, "height": 480}, True, True),  # which the pipeline has by itself
+        ({"num_frames": 33}, False, False),
+        ({"guidance_scale": 5.0}, False, True),  # where the pipeline says nothing, and may have it
+        ({"guidance_scale": 5.0}, True, False),
+        ({"guidance_scale": None}, True, True),
+    ],
+)
+def test_what_a_profile_does_not_name_is_the_pipelines_own(
+    pipe: TinyPipeline, tmp_path: Path, call: dict[str, Any], exact: bool, fits: bool
+) -> None:
+    made = profile_of(pipe, settings={"call": {}, "asked_steps": 12})
+    made.save(tmp_path / file_name(made))
+    defaults = {"height": 480, "width": 832, "num_frames": 81, "guidance_scale": None}
+    assert (len(matching(tmp_path, key_of(pipe), TARGET, call, defaults, exact)) == 1) is fits
+
+
 def test_without_a_profile_and_prompts_the_way_is_shown(
     pipe: TinyPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +335,10 @@ def test_with_prompts_one_is_tuned_and_saved(pipe: TinyPipeline, tmp_path: Path)
     assert made.key.steps == 10 and not made.is_off
     runs = len(pipe.calls)
     assert profile_for(pipe, TARGET, folder=folder).to_json() == made.to_json()
+    asked: dict[str, Any] = {"folder": folder, "prompts": PROMPTS, "held_out": HELD_OUT} | call
+    assert profile_for(pipe, TARGET, **asked, num_frames=2).to_json() == made.to_json()
     assert len(pipe.calls) == runs
+    assert profile_for(pipe, TARGET, **asked, num_frames=3).key.frames == 3 and len(pipe.calls) > runs
 
 
 # ---- few steps -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import re
 import statistics
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from dit_accel.metrics import psnr
 from dit_accel.quality.climb import last_good
 from dit_accel.quality.pairs import Bench, NoiseFloor, Pair, alarms, compare, relative_error, speed_up, summary
 from dit_accel.quality.profile import Profile, ProfileWarning
+from dit_accel.quality.request import Margins, settled, steps_of
 from dit_accel.quality.sampling import Generation, NotFinite, Sampler
 from dit_accel.quality.spec import CacheSpec
 from dit_accel.quality.target import Target
@@ -119,6 +121,9 @@ def test_the_most_exact_cache_within_a_time(pipe: TinyPipeline, monkeypatch: pyt
     assert len(profile.spec.computed) == 6  # 2 calls for each step, and 1 for the rest
     assert profile.measured["seconds"] == {"worst": 13, "median": 13} and "most exact" in profile.reason
     assert profile.measured["speed_up"] == pytest.approx(21 / 13)
+    faster = FREE | {"min_speed_up": 1.3}
+    profile = tune(pipe, max_time=20, **faster, **LISTED)  # 19 s would do, but is hardly worth a cache
+    assert profile.measured["seconds"] == {"worst": 15, "median": 15}, profile.reason
     with pytest.warns(ProfileWarning, match="dense takes 21 s, which is fast enough"):
         assert tune(pipe, max_time=21, **FREE).is_off
     with pytest.warns(ProfileWarning, match=r"nothing is fast enough; the fastest cache takes \d+ s"):
@@ -165,11 +170,17 @@ def test_bad_input_is_refused_before_anything_runs(pipe: TinyPipeline, changes: 
     assert pipe.calls == []
 
 
-def test_dense_runs_are_shared_by_targets(pipe: TinyPipeline) -> None:
-    two = [Target("psnr", 25.0), Target("rel_error", 0.2)]
+def test_runs_are_shared_by_targets(pipe: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    two, apart = [Target("psnr", 25.0), Target("rel_error", 0.2)], 0
+    for target in two:
+        alone = TinyPipeline()
+        count_calls(alone, monkeypatch)
+        wanted: dict[str, Any] = {target.keyword: target.value}
+        tune(alone, **wanted, **FREE, **LISTED)
+        apart += len(alone.calls)
+    count_calls(pipe, monkeypatch)
     profiles = tune_all(pipe, two, **FREE, **LISTED)
-    first, last = (profile.settings["generations"] for profile in profiles)
-    assert last["dense"] - first["dense"] < len(PROMPTS) + first["dense"] / 2
+    assert len(pipe.calls) <= apart - (len(PROMPTS) + 1)  # traces and the noise floor, and what both asked for
     assert [profile.target for profile in profiles] == two
     with pytest.raises(ValueError, match="at least one target"):
         tune_all(pipe, [], **FREE)
@@ -187,6 +198,14 @@ def test_an_anchor_is_tuned_beside(pipe: TinyPipeline) -> None:
     assert not profile.is_off and "anchor" in profile.key.attention
     with pytest.raises(ValueError, match="an anchor wants"):
         tune(pipe, target_psnr=5, beside={"anchor": Anchor()}, **FREE, **LISTED)
+
+
+@pytest.mark.parametrize(
+    ("beside", "steps"), [({}, 0), ({"attention": "compensated", "dense_steps": 3, "anchor": Anchor()}, 3)]
+)
+def test_dense_steps_of_what_runs_beside_are_known(pipe: TinyPipeline, beside: dict[str, Any], steps: int) -> None:
+    assert Bench(Sampler(pipe, SIZE), PROMPTS, settled(pipe, beside)).dense_steps(10) == steps
+    assert dit_accel.acceleration_of(pipe) is None and not pipe.calls
 
 
 def test_where_every_cache_fails_a_time_is_not_met(pipe: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,11 +265,59 @@ def test_few_steps_are_off_unless_forced(pipe: TinyPipeline) -> None:
 
 
 def test_the_nearest_says_what_it_lacks(pipe: TinyPipeline) -> None:
-    with pytest.warns(ProfileWarning, match="no cache keeps"):
+    with pytest.warns(ProfileWarning, match="no cache is used for PSNR of at least 30 dB"):
         profile = tune(pipe, target_psnr=30, kinds=("listed steps",), coverage=0.999999, **FREE)
     found = re.search(r"nearest: .*, ([\d.]+) dB on its worst prompt and (-?[\d.]+) dB to be expected", profile.reason)
     assert found is not None, profile.reason
     assert float(found[1]) >= float(found[2]) and float(found[2]) < 30
+
+
+@pytest.mark.parametrize(
+    ("target", "values", "said"),
+    [
+        (Target("psnr", 30), (29.0, 27.9), "29.00 dB on its worst prompt and 22.00 dB to be expected of one more"),
+        (Target("ssim", 0.9), (0.88, 0.87), "an SSIM of 0.8800 on its worst prompt and an SSIM of 0.9937 to be"),
+        (
+            Target("rel_error", 0.1),
+            (0.12, 0.13),
+            "a relative error of 0.12 on its worst prompt and a relative error of 0.0",
+        ),
+    ],
+)
+def test_the_nearest_is_one_that_all_prompts_were_run_on(
+    target: Target, values: tuple[float, float], said: str
+) -> None:
+    """The walk of the other one ended at its first prompt, so nothing is to be expected of it."""
+    whole, ended = CacheSpec(10, "output", "reuse", (0, 5)), CacheSpec(10, "output", "reuse", (0,))
+    pairs = {
+        spec: [Pair("a", **({"psnr": 1.0, "ssim": 0.1, "rel_error": 1.0} | {target.kind: value}))]
+        for spec, value in zip((whole, ended), values, strict=True)
+    }
+    bench: Any = SimpleNamespace(sampler=None, prompts=[], measured=lambda: pairs)
+    key: Any = None
+    tuner = Tuner(target, Margins(), bench, 4, key, lambda _: None)
+    tuner._bounds, tuner._unfinished = {whole: 22.0, ended: 27.9}, {ended}
+    assert tuner._nearest().startswith(f"{whole.describe()}, {said}")
+    tuner._unfinished = {whole, ended}
+    assert tuner._nearest().startswith(ended.describe()) and tuner._nearest().endswith("with others left out")
+
+
+def test_nan_without_a_cache_is_no_fault_of_one(pipe: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = Sampler.run
+
+    def run(self: Sampler, prompt: str, number: int) -> Generation:
+        if prompt == HELD_OUT[0]:
+            raise NotFinite("the pipeline gave NaN")
+        return stock(self, prompt, number)
+
+    monkeypatch.setattr(Sampler, "run", run)
+    with pytest.raises(ValueError, match=f"without any cache, '{HELD_OUT[0]}'.*NaN"):
+        tune(pipe, target_psnr=25, **FREE, **LISTED)
+
+
+def test_steps_are_those_of_the_call_its_lists_or_the_pipeline(pipe: TinyPipeline) -> None:
+    assert steps_of(pipe, {}) == 10 and steps_of(pipe, {"num_inference_steps": 7}) == 7
+    assert steps_of(pipe, {"sigmas": [1.0, 0.5, 0.1]}) == 3 == steps_of(pipe, {"timesteps": torch.tensor([9, 5, 1])})
 
 
 def test_what_only_the_probes_found_is_tried_before_giving_up(

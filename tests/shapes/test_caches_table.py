@@ -104,14 +104,20 @@ def test_the_picture_shows_who_is_not_beaten() -> None:
     assert left < right and high < low  # upward is less from the top
 
 
+def cache_of(speed: float) -> dict[str, Any]:
+    """The same for speeds that are alike."""
+    return {"steps": 20, "scope": "output", "predictor": "reuse", "computed": [*range(10 - round(speed))]}
+
+
 def verdict_rows(*rows: tuple[float, float, list[float | str]]) -> list[dict[str, Any]]:
     return [
         {
-            "settings": {"target_psnr": target, "cache": None, "reason": ""},
+            "settings": {"target_psnr": target, "cache": cache_of(speed), "reason": ""},
             "runs": len(values),
-            "prompts": [{"psnr_db": value} for value in values],
+            "prompts": [
+                {"psnr_db": value, "sampling_seconds": 2.0, "dense_sampling_seconds": 2.0 * speed} for value in values
+            ],
             "psnr_db": {"min": 0, "mean": 0},
-            "speedup": {"median": speed},
             "computed_share": 1.0,
             "motion_ratio": None,
         }
@@ -120,9 +126,15 @@ def verdict_rows(*rows: tuple[float, float, list[float | str]]) -> list[dict[str
 
 
 def test_a_target_is_met_prompt_by_prompt_and_speed_has_to_fall() -> None:
-    rows = verdict_rows((28.0, 1.5, [28.0, 27.99, "bit-equal"]), (22.0, 2.0, [30.0, 21.0, 25.0]))
+    rows = verdict_rows((28.0, 1.4, [28.0, 27.99, "bit-equal"]), (22.0, 2.0, [30.0, 21.0, 25.0]))
     found = verdicts(rows)
     assert [(each["target_psnr"], each["met"], each["of"]) for each in found["targets"]] == [(22, 2, 3), (28, 2, 3)]
     assert found["speed_falls_with_target"] is True
-    assert verdicts(verdict_rows((22.0, 1.5, [30.0]), (28.0, 1.6, [30.0])))["speed_falls_with_target"] is False
+    assert verdicts(verdict_rows((22.0, 1.5, [30.0]), (28.0, 2.6, [30.0])))["speed_falls_with_target"] is False
     assert verdicts(rows[:1])["speed_falls_with_target"] is None
+
+
+def test_the_same_cache_has_one_speed_whatever_the_target() -> None:
+    found = verdicts(verdict_rows((22.0, 2.8, [30.0, 31.0]), (25.0, 3.1, [30.0]), (28.0, 2.0, [30.0])))
+    assert [each["speedup"] for each in found["targets"]] == [2.8, 2.8, 2.0]  # of 2.8, 2.8 and 3.1
+    assert found["speed_falls_with_target"] is True
