@@ -78,7 +78,7 @@ def context_of(sampler: Sampler, key: Key) -> dict[str, Any]:
     """
     settings = config_of(getattr(sampler.pipe, "scheduler", None))
     return {
-        "key": key.to_json(),
+        "key": {name: value for name, value in key.to_json().items() if name != "model"},  # folders move
         "scheduler": {name: _said(value) for name, value in sorted(settings.items()) if not name.startswith("_")},
         "parts": _parts(sampler.pipe),
         "call": {name: _said(value) for name, value in sorted(sampler.settings.items())},

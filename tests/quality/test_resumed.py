@@ -101,6 +101,13 @@ def test_another_setting_of_the_scheduler_is_refused(tmp_path: Path) -> None:
     assert opened(tmp_path / "kept.jsonl", first).pairs == {(SPEC, 0): PAIR}
 
 
+def test_a_model_that_was_moved_is_the_same(tmp_path: Path) -> None:
+    opened(tmp_path / "kept.jsonl", TinyPipeline()).add(SPEC, 0, PAIR)
+    moved = TinyPipeline()
+    moved.config["_name_or_path"] = "elsewhere/pipeline"
+    assert opened(tmp_path / "kept.jsonl", moved).pairs == {(SPEC, 0): PAIR}
+
+
 @pytest.mark.parametrize("changes", [{"weight": 2.0}, {"dropout": 0.5}])
 def test_another_part_of_the_pipeline_is_refused(changes: dict[str, float], tmp_path: Path) -> None:
     opened(tmp_path / "kept.jsonl", WithParts(text_encoder=part(), vae=part())).add(SPEC, 0, PAIR)
