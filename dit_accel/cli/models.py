@@ -98,6 +98,14 @@ def locate(name: str, images: bool = False) -> Model:
     return Model(name, source, pipeline, _roots(index), temporal, height_step, width_step, shapes, transformer)
 
 
+def model_files(name: str) -> list[Path]:
+    """The files of a model that is a folder here; none of others. What else lies beside its index may be an output."""
+    from dit_accel.shapes.info import FILE
+
+    folder = Path(name).expanduser()
+    return [folder / INDEX, folder / FILE, *folder.glob("*/*")] if (folder / INDEX).is_file() else []
+
+
 def _source(name: str) -> Path | str:
     if installed("diffusers") is None:
         raise EnvironmentProblem("diffusers is not installed; pip install diffusers")

@@ -108,14 +108,6 @@ def checked_file(out: Path, suffix: str, reads: Iterable[str | Path], force: boo
     return out
 
 
-def model_files(name: str) -> list[Path]:
-    """The files of a model that is a folder here; none of others. What else lies beside its index may be an output."""
-    folder = Path(name).expanduser()
-    if not (folder / "model_index.json").is_file():
-        return []
-    return [folder / "model_index.json", folder / "shapes.json", *folder.glob("*/*")]
-
-
 def _real(path: str | Path) -> str:
     """The same for every way to name a file; the file need not be there."""
     return os.path.realpath(os.path.expanduser(path))

@@ -97,13 +97,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Checks everything cheap, loads the model, measures, writes, and reports."""
-    from .outputs import checked_file, model_files
+    from .models import locate, model_files
+    from .outputs import checked_file
 
     out = checked_file(options.out, ".json", model_files(options.model), options.force)
     given, schedule = _own_options(options), _schedule(options)
     if options.budget is not None and options.budget >= 1:
         raise UsageError(f"--budget is the part of the blocks to skip, in (0, 1), got {options.budget:g}")
-    from .models import locate
     from .pipelines import load
     from .settings import resolve
 

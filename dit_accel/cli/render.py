@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _files_read(options: argparse.Namespace) -> list[str | Path]:
     """What names files to read, or may do so: any text among the settings of a cache; and the model."""
-    from .outputs import model_files
+    from .models import model_files
 
     named = (options.profile, options.gates, *(value for _, value in options.cache_option or ()))
     return [*(name for name in named if isinstance(name, (str, Path))), *model_files(options.model)]

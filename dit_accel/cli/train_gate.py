@@ -64,12 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Checks everything cheap, loads the model, records, trains, writes, and reports."""
-    from .outputs import checked_file, model_files
+    from .models import locate, model_files
+    from .outputs import checked_file
 
     reads = [*model_files(options.model), *filter(None, [options.prompt_file])]
     out = checked_file(options.out, ".safetensors", reads, options.force)
     _check_numbers(options)
-    from .models import locate
     from .pipelines import load
     from .settings import resolve
 

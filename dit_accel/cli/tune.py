@@ -65,13 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Checks everything cheap, loads the model, tunes, writes, and reports."""
-    from .outputs import checked_file, model_files
+    from .models import locate, model_files
+    from .outputs import checked_file
 
     reads = [*model_files(options.model), *filter(None, [options.prompt_file])]
     out, target = checked_file(options.out, ".json", reads, options.force), _target(options)
     if not options.coverage < 1:
         raise UsageError(f"--coverage is a probability in [0.5, 1), got {options.coverage:g}")
-    from .models import locate
     from .pipelines import load
     from .settings import resolve
 
